@@ -31,25 +31,24 @@ from ..runtime.loop.denoise import HostLoop
 from ..runtime.model import SHIPPED, CheckpointOptions, is_package
 from ..runtime.pipeline import Pipeline
 from ..runtime.prompts.tokenizer import ClipTokenizer
-from ..runtime.request.parameters import PARAMETERS, nearest
 from ..runtime.result import check_finite, finished
-from ..runtime.sampling.config import SCHEDULER_CLASSES
 from ..runtime.sampling.names import resolve
+from .diffusers_values import (
+    OWN,
+    as_tensors,
+    dtype_name,
+    is_fresh,
+    latents_of,
+    picture_of,
+    refuse_foreign,
+    scale_after,
+    seeds_of,
+    strength_of_loras,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from ..runtime.sampling.config import SamplerConfig
-    from ..runtime.sampling.table import Table
-
-# Theirs by the same name, and what is theirs alone.
-_SAME = frozenset(PARAMETERS) - {"seed", "rng", "sampler", "output_type"}
-_OWN = frozenset(
-    {
-        *("generator", "output_type", "return_dict", "callback_on_step_end"),
-        *("callback_on_step_end_tensor_inputs", "cross_attention_kwargs"),
-    }
-)
 # Of `from_pretrained`: what `Pipeline.open` has too, and what needs no counterpart.
 _OPENING = frozenset({"checkpoint", "backend", "threads", "loras", "embeddings", "allow_unused"})
 _NEEDLESS = frozenset(
@@ -58,8 +57,6 @@ _NEEDLESS = frozenset(
         *("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage", "cache_dir"),
     }
 )
-# Of a call: what nothing here is like.
-_FOREIGN = frozenset({"prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ip_adapter_image"})
 _OUTPUTS = {"pil": "pil", "np": "float", "pt": "float", "latent": "latent"}
 _PIPELINES = {  # (XL, what is drawn from): whose positional arguments are meant
     (False, "text"): "StableDiffusionPipeline",
@@ -70,7 +67,6 @@ _PIPELINES = {  # (XL, what is drawn from): whose positional arguments are meant
     (True, "mask"): "StableDiffusionXLInpaintPipeline",
 }
 _STEPS = 50
-_SEED_LIMIT = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ class LatentrtPipeline:
                     expected=f"one of {', '.join(sorted(_OPENING))}",
                     fix=f"Leave {name} out.",
                 )
-        asked = None if dtype is None else _dtype(dtype)
+        asked = None if dtype is None else dtype_name(dtype)
         source = _Source(place=pretrained_model_name_or_path, options=given, dtype=asked)
         opened = cls(source.open(device))
         opened._source, opened._place = source, Place.parse(device)
@@ -162,7 +158,7 @@ class LatentrtPipeline:
         for one in where:
             device, dtype = (device, one) if isinstance(one, torch.dtype) else (one or device, dtype)
         wanted = self.device if device is None else torch.device(device)
-        arithmetic = None if dtype is None else _dtype(dtype)
+        arithmetic = None if dtype is None else dtype_name(dtype)
         here = wanted.type == self.device.type and wanted.index in (None, self.device.index)
         same = arithmetic in (None, self._dtype) or (self._source is not None and self._source.is_made)
         if here and same:
@@ -279,12 +275,12 @@ class LatentrtPipeline:
         if placed:
             prompt, arguments = self._named(prompt, placed, arguments)
         given = {name: value for name, value in arguments.items() if value is not None}
-        _refuse(given)
-        own = {name: given.pop(name) for name in _OWN if name in given}
-        values = {**self._defaults(given), **given, **_strength_of_loras(own, self._active())}
+        refuse_foreign(given)
+        own = {name: given.pop(name) for name in OWN if name in given}
+        values = {**self._defaults(given), **given, **strength_of_loras(own, self._active())}
         if self._scheduler is not None:
             values["sampler"] = {**self._scheduler.config}
-        values |= {name: _picture(values[name]) for name in ("image", "mask_image") if name in values}
+        values |= {name: picture_of(values[name]) for name in ("image", "mask_image") if name in values}
         values |= self._noise(prompt, values, own.get("generator"))
         wanted = own.get("output_type", "pil")
         if wanted not in _OUTPUTS:
@@ -296,7 +292,7 @@ class LatentrtPipeline:
             images = cast(Any, self.pipe)(prompt, **values).images
         else:
             images = self._watched(prompt, values, callback)
-        return self._output(_as_tensors(images, wanted), own.get("return_dict", True))
+        return self._output(as_tensors(images, wanted), own.get("return_dict", True))
 
     def _named(self, prompt: Any, placed: Sequence[Any], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Positional arguments by their names in the pipeline of diffusers that has such ones."""
@@ -323,15 +319,15 @@ class LatentrtPipeline:
         with bar, closing(cast(Any, self.pipe).stream(prompt, **own)) as steps:
             for step in steps:
                 if callback is not None:
-                    scale = _scale_after(step.index, table, request.sampler)
+                    scale = scale_after(step.index, table, request.sampler)
                     state = {"latents": cast(Any, torch).from_numpy(step.latent * scale)}
-                    told = callback(self, step.index, step.timestep, state) or {}
+                    told: Any = callback(self, step.index, step.timestep, state) or {}
                     if "latents" in told:
                         step.state.replace(told["latents"].numpy() / scale)
                 drawn = step.latent
                 bar.update()
                 if self._interrupt:
-                    drawn = drawn * _scale_after(step.index, table, request.sampler)
+                    drawn = drawn * scale_after(step.index, table, request.sampler)
                     break
         if request.output_type == "latent":
             return drawn
@@ -368,13 +364,13 @@ class LatentrtPipeline:
         scale = self.pipe.package.manifest.latent_scale
         channels = self.pipe.package.manifest.latent_channels
         shape = (count // len(several), channels, request.height // scale, request.width // scale)
-        fresh = all(map(_is_fresh, several)) and len(several) == count
+        fresh = all(map(is_fresh, several)) and len(several) == count
         rng = "torch-cuda" if several[0].device.type == "cuda" else "torch-cpu"
         seeds = [one.initial_seed() for one in several]
-        drawn = _latents(several, shape)
+        drawn = latents_of(several, shape)
         if fresh:
             return {"seed": seeds, "rng": rng}
-        seeds = _seeds(several, count)
+        seeds = seeds_of(several, count)
         return {"seed": seeds, "rng": rng} | ({} if "image" in values else {"latents": drawn})
 
     def _output(self, images: Any, return_dict: bool) -> Any:
@@ -426,94 +422,3 @@ class LatentrtPipeline:
     ) -> None:
         """Close."""
         self.close()
-
-
-def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Raise UsageError for what no pipeline here has."""
-    for name in arguments:
-        if name in _SAME or name in _OWN:
-            continue
-        near = None if name in _FOREIGN else nearest(name, (*_SAME, *_OWN))
-        raise UsageError(
-            f"the argument {name!r}",
-            expected=f"{near!r}" if near else "one that this runtime has a counterpart of",
-            fix=f"Write {near}=…" if near else f"Leave {name} out.",
-        )
-    inputs = list(arguments.get("callback_on_step_end_tensor_inputs", ["latents"]))
-    if inputs != ["latents"]:
-        raise UsageError(
-            f"callback_on_step_end_tensor_inputs is {inputs!r:.80}",
-            expected="['latents']",
-            fix="Leave it out.",
-        )
-    extra = set(arguments.get("cross_attention_kwargs", {})) - {"scale"}
-    if extra:
-        raise UsageError(
-            f"cross_attention_kwargs with {', '.join(sorted(map(str, extra)))}",
-            expected="scale, of adapters",
-            fix="Leave the rest out.",
-        )
-
-
-def _picture(given: Any) -> Any:
-    """As `Pipeline` takes it: the only one of a list; a tensor (3, H, W) of 0 to 1 as an array."""
-    several: Sequence[Any] = cast("Sequence[Any]", given) if isinstance(given, (list, tuple)) else (given,)
-    one: Any = several[0] if len(several) == 1 else cast(Any, given)
-    if not hasattr(one, "detach"):
-        return one
-    pixels: Any = one.detach().cpu().float().numpy()
-    pixels = pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels
-    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels  # (H, W, 3), or (H, W) of a mask
-
-
-def _scale_after(index: int, table: Table, sampler: SamplerConfig) -> float:
-    """From a latent here, after a row, to diffusers': its k-samplers add noise to a signal that stays."""
-    if SCHEDULER_CLASSES[sampler.scheduler].levels != "k":
-        return 1.0
-    return float([*table.alpha_bar, table.last_alpha_bar][index + 1]) ** -0.5
-
-
-def _strength_of_loras(own: Mapping[str, Any], active: Sequence[str]) -> dict[str, Any]:
-    """diffusers' scale of all adapters, for one call."""
-    scale = own.get("cross_attention_kwargs", {}).get("scale")
-    return {} if scale is None else {"loras": [(name, scale) for name in active]}
-
-
-def _dtype(dtype: Any) -> str:
-    """torch.float16 and "fp16" alike."""
-    name = str(dtype).removeprefix("torch.")
-    return {"float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}.get(name, name)
-
-
-def _is_fresh(generator: torch.Generator) -> bool:
-    """Whether nobody has drawn from it since it had its seed."""
-    import torch
-
-    same = torch.Generator(device=generator.device).manual_seed(generator.initial_seed())
-    return torch.equal(generator.get_state(), same.get_state())
-
-
-def _latents(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Any:
-    """(N, C, H/8, W/8) float32: noise as diffusers draws it, each generator's in one draw."""
-    import torch
-
-    drawn = [torch.randn(shape, generator=one, device=one.device).cpu() for one in generators]
-    return torch.cat(drawn).numpy()
-
-
-def _seeds(generators: Sequence[torch.Generator], count: int) -> list[int]:
-    """One a picture, each of the next generator. They stay as they are: diffusers draws no seeds."""
-    import torch
-
-    copies = [torch.Generator(device=one.device).set_state(one.get_state()) for one in generators]
-    drawn = (copies[index % len(copies)] for index in range(count))
-    return [int(torch.randint(_SEED_LIMIT, (1,), generator=one, device=one.device)) for one in drawn]
-
-
-def _as_tensors(images: Any, wanted: str) -> Any:
-    """What diffusers has for "pt" (N, 3, H, W) and "latent" (N, C, H/8, W/8): tensors."""
-    if wanted not in ("pt", "latent"):
-        return images
-    import torch
-
-    return cast(Any, torch).from_numpy(images if wanted == "latent" else images.transpose(0, 3, 1, 2).copy())

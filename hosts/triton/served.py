@@ -16,7 +16,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -126,7 +126,7 @@ class Model:
             )
         parameters = json.loads(request.parameters() or "{}")
         parameters.pop("id", None)  # of the request, in Triton's `generate`; its HTTP server hands it over
-        return _joined(written, parameters, texts, pictures)
+        return _joined(cast("dict[str, Any]", written), parameters, texts, pictures)
 
     # ── its answers ────────────────────────────────────────────────────────────────────────────────
 
