@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -299,8 +300,8 @@ class LatentrtPipeline:
         import diffusers
 
         image, mask, *_ = (*placed[1 if self._xl else 0 :], None, None)
-        kind = "text" if image is None or isinstance(image, int) else "image"
-        if kind == "image" and not isinstance(mask, (int, float, type(None))):
+        kind = "text" if image is None or isinstance(image, Integral) else "image"
+        if kind == "image" and not isinstance(mask, (Real, type(None))):
             kind = "mask"
         call = inspect.signature(getattr(diffusers, _PIPELINES[self._xl, kind]).__call__)
         given = call.bind(self, prompt, *placed, **named).arguments

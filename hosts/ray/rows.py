@@ -54,7 +54,7 @@ def read_rows(source: Path) -> Rows:
     try:
         columns, found = _READERS[source.suffix](source)
         rows = list(found)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UsageError(
             f"{source} cannot be read: {error!s:.200}",
             expected=f"rows as {source.suffix[1:]} has them, text in UTF-8",
@@ -119,7 +119,7 @@ def _json(source: Path) -> tuple[Sequence[str], Iterable[_Row]]:
         several: list[Any] = json.loads(text)
         rows = [_object(one) for one in several]
     else:
-        rows = [_object(line) for line in text.splitlines() if line.strip()]
+        rows = [_object(line) for line in text.split("\n") if line.strip()]
     objects = [row for row in rows if isinstance(row, dict)]
     shared = [name for name in objects[0] if all(name in row for row in objects)] if objects else []
     return shared, rows

@@ -286,6 +286,12 @@ def test_json_has_types_of_its_own(kind: str, tmp_path: Path) -> None:
     assert read_rows(source).asked == [{"prompt": "a", "seed": BIG}, {"prompt": "b"}]
 
 
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    """Not at the other ends of lines that Unicode has, which a text may have inside."""
+    source = rows_file(tmp_path / "a.jsonl", '{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c\x85d"}')
+    assert [row["prompt"] for row in read_rows(source).asked] == ["a\u2028b", "c\x85d"]
+
+
 @needs_ray
 def test_a_table_of_pandas(tmp_path: Path) -> None:
     """Seeds beside nothing are floats there; where a float is no longer one number it stays a float."""
@@ -338,6 +344,7 @@ def test_rows_that_ask_for_the_same_are_one(tmp_path: Path) -> None:
         ("a.csv", 'prompt\n"a\n', "cannot be read"),
         ("a.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 2}\n', "the column 'id'"),
         ("a.json", "[1", "cannot be read"),
+        ("a.json", "[" * 5000, "cannot be read"),
     ],
 )
 def test_a_file_that_would_make_every_row_fail(name: str, text: str, words: str, tmp_path: Path) -> None:
