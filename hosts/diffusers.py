@@ -157,7 +157,10 @@ class LatentrtPipeline:
         import torch
 
         for one in where:
-            device, dtype = (device, one) if isinstance(one, torch.dtype) else (one or device, dtype)
+            if isinstance(one, torch.dtype):
+                dtype = one
+            elif one is not None:
+                device = one
         wanted = self.device if device is None else torch.device(device)
         arithmetic = None if dtype is None else dtype_name(dtype)
         here = wanted.type == self.device.type and wanted.index in (None, self.device.index)
