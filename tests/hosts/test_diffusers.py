@@ -411,7 +411,7 @@ def test_another_arithmetic_of_a_checkpoint(
     assert pipe.to("cpu", torch.float32).pipe is ours.pipe
     assert asked == [("auto", own)], "it is there already"
     pipe.to(torch.float16)
-    pipe.to(0)
+    pipe.to(device="cuda:0")
     assert asked[1:] == [("cpu", half := replace(own, dtype="fp16")), ("cuda:0", half)]
     with pytest.raises(UsageError, match="dtype is 'bfloat16'"):
         pipe.to(torch.bfloat16)
