@@ -143,19 +143,8 @@ def find_backend(
         BackendError: an unknown name, or nothing of that name can run here.
         UsageError: the backend of that name runs elsewhere.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise BackendError(
-            f"unknown backend {name!r}",
-            expected=f"auto, {', '.join(BACKENDS)}",
-            fix="Let it be chosen: --backend auto",
-        )
+    check_backend(name, place)
     if name != "auto":
-        if not place.allows(BACKENDS[name]):
-            raise UsageError(
-                f"the backend {name} with the device {'cuda' if place.on_device else 'cpu'}",
-                expected="a backend that runs there",
-                fix="Leave one of the two out.",
-            )
         backend: Backend = BACKENDS[name].load()
         if (refused := backend.refusal()) is None:
             return name, backend, {}
@@ -175,3 +164,21 @@ def find_backend(
         expected=last.expected,
         fix=last.fix,
     )
+
+
+def check_backend(name: str, place: Place = ANYWHERE) -> None:
+    """Raise what no machine could mend: BackendError for an unknown name, UsageError for one of elsewhere."""
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}",
+            expected=f"auto, {', '.join(BACKENDS)}",
+            fix="Let it be chosen: --backend auto",
+        )
+    if not place.allows(BACKENDS[name]):
+        raise UsageError(
+            f"the backend {name} with the device {'cuda' if place.on_device else 'cpu'}",
+            expected="a backend that runs there",
+            fix="Leave one of the two out.",
+        )

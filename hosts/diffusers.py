@@ -13,29 +13,43 @@ here is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
-from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from ..engines.backend import Place
 from ..engines.errors import UsageError
+from ..engines.spec import TEXT_ENCODERS
 from ..runtime.loop.denoise import HostLoop
 from ..runtime.model import SHIPPED, CheckpointOptions, is_package
 from ..runtime.pipeline import Pipeline
-from ..runtime.request.parameters import PARAMETERS, nearest
+from ..runtime.prompts.tokenizer import ClipTokenizer
+from ..runtime.result import check_finite, finished
+from ..runtime.sampling.names import resolve
+from .diffusers_values import (
+    OWN,
+    as_tensors,
+    dtype_name,
+    is_fresh,
+    latents_of,
+    picture_of,
+    refuse_foreign,
+    scale_after,
+    seeds_of,
+    strength_of_loras,
+)
 
 if TYPE_CHECKING:
     import torch
 
-# Theirs by the same name, and what is theirs alone.
-_SAME = frozenset(PARAMETERS) - {"seed", "rng", "sampler", "output_type"}
-_OWN = frozenset(
-    {
-        *("generator", "output_type", "return_dict", "callback_on_step_end"),
-        *("callback_on_step_end_tensor_inputs", "cross_attention_kwargs"),
-    }
-)
 # Of `from_pretrained`: what `Pipeline.open` has too, and what needs no counterpart.
 _OPENING = frozenset({"checkpoint", "backend", "threads", "loras", "embeddings", "allow_unused"})
 _NEEDLESS = frozenset(
@@ -44,11 +58,37 @@ _NEEDLESS = frozenset(
         *("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage", "cache_dir"),
     }
 )
-# Of a call: what nothing here is like.
-_FOREIGN = frozenset({"prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ip_adapter_image"})
 _OUTPUTS = {"pil": "pil", "np": "float", "pt": "float", "latent": "latent"}
+_PIPELINES = {  # (XL, what is drawn from): whose positional arguments are meant
+    (False, "text"): "StableDiffusionPipeline",
+    (False, "image"): "StableDiffusionImg2ImgPipeline",
+    (False, "mask"): "StableDiffusionInpaintPipeline",
+    (True, "text"): "StableDiffusionXLPipeline",
+    (True, "image"): "StableDiffusionXLImg2ImgPipeline",
+    (True, "mask"): "StableDiffusionXLInpaintPipeline",
+}
 _STEPS = 50
-_SEED_LIMIT = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a pipeline was opened from, and can be opened from again."""
+
+    place: str | Path
+    options: Mapping[str, Any]
+    dtype: str | None  # that was asked for
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it is a package, whose arithmetic is what it was exported in."""
+        return str(self.place) in SHIPPED or is_package(Path(self.place))
+
+    def open(self, device: str) -> Pipeline:
+        options = dict(self.options)
+        if self.dtype is not None and not self.is_made:
+            checkpoint = options.get("checkpoint") or CheckpointOptions()
+            options["checkpoint"] = replace(checkpoint, dtype=cast(Any, self.dtype))
+        return Pipeline.open(self.place, device=device, **options)
 
 
 class LatentrtPipeline:
@@ -62,7 +102,10 @@ class LatentrtPipeline:
         self.pipe = pipe
         self._scheduler: Any = None
         self._interrupt = False  # a callback may set it, as in diffusers
-        self._reopen: Callable[[str], Pipeline] | None = None
+        self._bar: dict[str, Any] | None = None
+        self._source: _Source | None = None
+        self._place = Place()
+        self._has_words = False
 
     @classmethod
     def from_pretrained(
@@ -88,41 +131,91 @@ class LatentrtPipeline:
                     expected=f"one of {', '.join(sorted(_OPENING))}",
                     fix=f"Leave {name} out.",
                 )
-        place = pretrained_model_name_or_path
-        made = str(place) in SHIPPED or is_package(Path(place))  # its arithmetic is what it was exported in
-        if dtype is not None and not made:
-            given["checkpoint"] = CheckpointOptions(dtype=cast(Any, _dtype(dtype)))
-
-        def again(device: str) -> Pipeline:
-            return Pipeline.open(place, device=device, **given)
-
-        opened = cls(again(device))
-        opened._reopen = again
+        asked = None if dtype is None else dtype_name(dtype)
+        source = _Source(place=pretrained_model_name_or_path, options=given, dtype=asked)
+        opened = cls(source.open(device))
+        opened._source, opened._place = source, Place.parse(device)
         return opened
 
     from_single_file = from_pretrained
 
-    def to(self, device: Any) -> LatentrtPipeline:
-        """The pipeline on a device: it is opened anew where it is on another.
+    def to(
+        self, *where: Any, device: Any = None, dtype: Any = None, silence_dtype_warnings: bool = False
+    ) -> LatentrtPipeline:
+        """The pipeline on a device and in an arithmetic: it is opened anew where these are others.
+
+        Args:
+            where: a device, a dtype of torch, or both.
+            device, dtype: the same by name. A package keeps the arithmetic that it was exported in.
+            silence_dtype_warnings: there are none.
 
         Raises:
-            UsageError: it was made of a pipeline that was open.
+            UsageError: an unknown device or arithmetic, or the pipeline was made of one that was open, or
+                draws with adapters or words that were loaded, which the new one would lack.
             BackendError: nothing installed runs there.
         """
-        wanted = str(device)
-        on_cpu = isinstance(self.pipe.loop, HostLoop)
-        if (wanted == "cpu") == on_cpu and wanted in ("cpu", "cuda"):
+        import torch
+
+        for one in where:
+            if isinstance(one, torch.dtype):
+                dtype = one
+            elif one is not None:
+                device = one
+        wanted = self.device if device is None else torch.device(device)
+        arithmetic = None if dtype is None else dtype_name(dtype)
+        here = wanted.type == self.device.type and wanted.index in (None, self.device.index)
+        same = arithmetic in (None, self._dtype) or (self._source is not None and self._source.is_made)
+        if here and same:
             return self
-        if self._reopen is None:
+        place = Place.parse(str(wanted))
+        if self._source is None or self.pipe.adapters.names or self._has_words:
+            what = "an open pipeline" if self._source is None else "a pipeline with adapters or words"
             raise UsageError(
-                f"an open pipeline that is to go to {wanted}",
-                expected="LatentrtPipeline.from_pretrained",
-                fix="Open it there: Pipeline.open(…, device=…)",
+                f"{what} that is to go to {wanted}",
+                expected="LatentrtPipeline.from_pretrained, and what is loaded after it is there",
+                fix="Open it there: LatentrtPipeline.from_pretrained(…, device=…)",
             )
-        fresh = self._reopen(wanted)
+        source = replace(self._source, dtype=arithmetic or self._source.dtype)
+        fresh = source.open(str(wanted))
         self.pipe.close()
-        self.pipe = fresh
+        self.pipe, self._place, self._source = fresh, place, source
         return self
+
+    # ── what it is ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def device(self) -> torch.device:
+        """Where the nets run."""
+        import torch
+
+        on_cpu = isinstance(self.pipe.loop, HostLoop)
+        return torch.device("cpu") if on_cpu else torch.device("cuda", self._place.index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of the nets."""
+        import torch
+
+        return torch.float16 if self._dtype == "fp16" else torch.float32
+
+    @property
+    def _dtype(self) -> str:
+        return self.pipe.package.manifest.dtype
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Parts by diffusers' names: its scheduler, our tokenizers, and for a net its inputs and outputs."""
+        package = self.pipe.package
+        nets = {
+            "vae" if net == "vae_decoder" else net: file.spec for net, file in package.manifest.nets.items()
+        }
+        tokenizers = {
+            folder: ClipTokenizer.open(package.root / folder)
+            for net, folder in TEXT_ENCODERS.items()
+            if net in nets
+        }
+        parts = {"scheduler": self.scheduler, **tokenizers, **nets}
+        return dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | parts
 
     # ── what is drawn with ─────────────────────────────────────────────────────────────────────────
 
@@ -138,6 +231,8 @@ class LatentrtPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
+        """Raises SamplerError for one that no coefficient table can express, such as with `clip_sample`."""
+        resolve({**scheduler.config}, self.pipe.package.manifest.scheduler)
         self._scheduler = scheduler
 
     def load_lora_weights(
@@ -161,53 +256,86 @@ class LatentrtPipeline:
     def load_textual_inversion(self, source: Any, token: Any = None) -> None:
         """Give words embeddings. Raises as `Pipeline`'s."""
         self.pipe.load_textual_inversion(source, token)
+        self._has_words = True
 
     # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
-    def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
+    def __call__(self, prompt: str | Sequence[str] = "", *placed: Any, **arguments: Any) -> Any:
         """Draw, with the arguments of diffusers' pipelines.
 
-        `image` makes it image-to-image, `mask_image` inpainting. A generator that nobody has drawn from means
-        the pictures that its seed draws in diffusers, as do all pictures that need no noise behind the first;
-        else each picture has a seed that is drawn from the generator.
+        `image` makes it image-to-image, `mask_image` inpainting; positional arguments have the order of that
+        pipeline. A generator that nobody has drawn from means the pictures that its seed draws in diffusers,
+        as do all pictures that need no noise behind the first; else each picture has a seed that is drawn
+        from the generator. A callback that sets `pipe._interrupt` ends the steps, and what is there is
+        decoded.
 
         Returns:
             `StableDiffusionPipelineOutput`, or that of XL; with `return_dict=False` the tuple.
 
         Raises:
             UsageError: an argument that is unknown, out of range, or has no counterpart here.
-            CancelledError: a callback has set `pipe._interrupt`.
+            TypeError: too many arguments, or one twice.
         """
+        if placed:
+            prompt, arguments = self._named(prompt, placed, arguments)
         given = {name: value for name, value in arguments.items() if value is not None}
-        _refuse(given)
-        own = {name: given.pop(name) for name in _OWN if name in given}
-        values = {**self._defaults(given), **given, **_strength_of_loras(own, self._active())}
+        refuse_foreign(given)
+        own = {name: given.pop(name) for name in OWN if name in given}
+        values = {**self._defaults(given), **given, **strength_of_loras(own, self._active())}
         if self._scheduler is not None:
             values["sampler"] = {**self._scheduler.config}
-        values |= {name: _picture(values[name]) for name in ("image", "mask_image") if name in values}
+        values |= {name: picture_of(values[name]) for name in ("image", "mask_image") if name in values}
         values |= self._noise(prompt, values, own.get("generator"))
         wanted = own.get("output_type", "pil")
         if wanted not in _OUTPUTS:
             raise UsageError(
                 f"output_type is {wanted!r}", expected=f"one of {', '.join(_OUTPUTS)}", fix="Change it."
             )
-        images = self._draw(prompt, values, _OUTPUTS[wanted], own.get("callback_on_step_end"))
-        return self._output(_as_tensors(images, wanted), own.get("return_dict", True))
+        values["output_type"], callback = _OUTPUTS[wanted], own.get("callback_on_step_end")
+        if callback is None and (self._bar is None or self._bar.get("disable")):
+            images = cast(Any, self.pipe)(prompt, **values).images
+        else:
+            images = self._watched(prompt, values, callback)
+        return self._output(as_tensors(images, wanted), own.get("return_dict", True))
 
-    def _draw(self, prompt: Any, values: Mapping[str, Any], output_type: Any, callback: Any) -> Any:
-        self._interrupt, stop = False, Event()
+    def _named(self, prompt: Any, placed: Sequence[Any], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Positional arguments by their names in the pipeline of diffusers that has such ones."""
+        import diffusers
 
-        def after(_: Pipeline, index: int, timestep: float, state: dict[str, Any]) -> dict[str, Any]:
-            import torch
+        image, mask, *_ = (*placed[1 if self._xl else 0 :], None, None)
+        kind = "text" if image is None or isinstance(image, Integral) else "image"
+        if kind == "image" and not isinstance(mask, (Real, type(None))):
+            kind = "mask"
+        call = inspect.signature(getattr(diffusers, _PIPELINES[self._xl, kind]).__call__)
+        given = call.bind(self, prompt, *placed, **named).arguments
+        given |= given.pop("kwargs", {})
+        return prompt, {name: value for name, value in given.items() if name not in ("self", "prompt")}
 
-            latents = cast(Any, torch).from_numpy(state["latents"])
-            told = callback(self, index, timestep, {"latents": latents})
-            if self._interrupt:
-                stop.set()
-            return {"latents": told["latents"].numpy()} if told and "latents" in told else {}
+    def _watched(self, prompt: Any, values: Mapping[str, Any], callback: Any) -> Any:
+        """The same step by step, for a callback or a bar of progress."""
+        import torch
 
-        called: Any = {} if callback is None else {"callback_on_step_end": after, "cancel": stop}
-        return cast(Any, self.pipe)(prompt, output_type=output_type, **called, **values).images
+        request = self.pipe.request_of({"prompt": prompt, **values})
+        table, dtype = request.table(), self._dtype
+        own = {name: value for name, value in values.items() if name != "output_type"}
+        bar = self.progress_bar(total=len(table), **({} if self._bar else {"disable": True}))
+        self._interrupt, drawn = False, np.empty(0, np.float32)
+        with bar, closing(cast(Any, self.pipe).stream(prompt, **own)) as steps:
+            for step in steps:
+                if callback is not None:
+                    scale = scale_after(step.index, table, request.sampler)
+                    state = {"latents": cast(Any, torch).from_numpy(step.latent * scale)}
+                    told: Any = callback(self, step.index, step.timestep, state) or {}
+                    if "latents" in told:
+                        step.state.replace(told["latents"].numpy() / scale)
+                drawn = step.latent
+                bar.update()
+                if self._interrupt:
+                    drawn = drawn * scale_after(step.index, table, request.sampler)
+                    break
+        if request.output_type == "latent":
+            return drawn
+        return finished(check_finite(*self.pipe.loop.decode(drawn, tile=request.tile), dtype), request, dtype)
 
     def _defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of diffusers' calls, where they differ from the model's own."""
@@ -240,13 +368,13 @@ class LatentrtPipeline:
         scale = self.pipe.package.manifest.latent_scale
         channels = self.pipe.package.manifest.latent_channels
         shape = (count // len(several), channels, request.height // scale, request.width // scale)
-        fresh = all(map(_is_fresh, several)) and len(several) == count
+        fresh = all(map(is_fresh, several)) and len(several) == count
         rng = "torch-cuda" if several[0].device.type == "cuda" else "torch-cpu"
         seeds = [one.initial_seed() for one in several]
-        drawn = _latents(several, shape)
+        drawn = latents_of(several, shape)
         if fresh:
             return {"seed": seeds, "rng": rng}
-        seeds = _seeds(several, count)
+        seeds = seeds_of(several, count)
         return {"seed": seeds, "rng": rng} | ({} if "image" in values else {"latents": drawn})
 
     def _output(self, images: Any, return_dict: bool) -> Any:
@@ -264,13 +392,26 @@ class LatentrtPipeline:
 
     # ── the rest of a pipeline's life ──────────────────────────────────────────────────────────────
 
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Show a bar of tqdm with these arguments in every call, unless `disable` is among them.
+
+        Without it there is none: on a device nobody then waits for a step.
+        """
+        self._bar = config
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None, **more: Any) -> Any:
+        """A bar of tqdm, as configured."""
+        return import_module("tqdm.auto").tqdm(iterable, total=total, **{**(self._bar or {}), **more})
+
     def _needless(self, *_: Any, **__: Any) -> None:
         """Do nothing: pictures are the same without, and memory is this runtime's own affair."""
 
-    enable_attention_slicing = disable_attention_slicing = _needless
+    enable_attention_slicing = disable_attention_slicing = set_attention_slice = _needless
     enable_vae_slicing = disable_vae_slicing = enable_vae_tiling = disable_vae_tiling = _needless
-    enable_xformers_memory_efficient_attention = set_progress_bar_config = _needless
-    enable_model_cpu_offload = enable_sequential_cpu_offload = _needless
+    enable_xformers_memory_efficient_attention = disable_xformers_memory_efficient_attention = _needless
+    set_use_memory_efficient_attention_xformers = fuse_qkv_projections = unfuse_qkv_projections = _needless
+    enable_model_cpu_offload = enable_sequential_cpu_offload = enable_group_offload = _needless
+    maybe_free_model_hooks = remove_all_hooks = reset_device_map = _needless
 
     def close(self) -> None:
         """Free every net."""
@@ -285,87 +426,3 @@ class LatentrtPipeline:
     ) -> None:
         """Close."""
         self.close()
-
-
-def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Raise UsageError for what no pipeline here has."""
-    for name in arguments:
-        if name in _SAME or name in _OWN:
-            continue
-        near = None if name in _FOREIGN else nearest(name, (*_SAME, *_OWN))
-        raise UsageError(
-            f"the argument {name!r}",
-            expected=f"{near!r}" if near else "one that this runtime has a counterpart of",
-            fix=f"Write {near}=…" if near else f"Leave {name} out.",
-        )
-    inputs = list(arguments.get("callback_on_step_end_tensor_inputs", ["latents"]))
-    if inputs != ["latents"]:
-        raise UsageError(
-            f"callback_on_step_end_tensor_inputs is {inputs!r:.80}",
-            expected="['latents']",
-            fix="Leave it out.",
-        )
-    extra = set(arguments.get("cross_attention_kwargs", {})) - {"scale"}
-    if extra:
-        raise UsageError(
-            f"cross_attention_kwargs with {', '.join(sorted(map(str, extra)))}",
-            expected="scale, of adapters",
-            fix="Leave the rest out.",
-        )
-
-
-def _picture(given: Any) -> Any:
-    """As `Pipeline` takes it: the only one of a list; a tensor (3, H, W) of 0 to 1 as an array."""
-    several: Sequence[Any] = cast("Sequence[Any]", given) if isinstance(given, (list, tuple)) else (given,)
-    one: Any = several[0] if len(several) == 1 else cast(Any, given)
-    if not hasattr(one, "detach"):
-        return one
-    pixels: Any = one.detach().cpu().float().numpy()
-    pixels = pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels
-    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels  # (H, W, 3), or (H, W) of a mask
-
-
-def _strength_of_loras(own: Mapping[str, Any], active: Sequence[str]) -> dict[str, Any]:
-    """diffusers' scale of all adapters, for one call."""
-    scale = own.get("cross_attention_kwargs", {}).get("scale")
-    return {} if scale is None else {"loras": [(name, scale) for name in active]}
-
-
-def _dtype(dtype: Any) -> str:
-    """torch.float16 and "fp16" alike."""
-    name = str(dtype).removeprefix("torch.")
-    return {"float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}.get(name, name)
-
-
-def _is_fresh(generator: torch.Generator) -> bool:
-    """Whether nobody has drawn from it since it had its seed."""
-    import torch
-
-    same = torch.Generator(device=generator.device).manual_seed(generator.initial_seed())
-    return torch.equal(generator.get_state(), same.get_state())
-
-
-def _latents(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Any:
-    """(N, C, H/8, W/8) float32: noise as diffusers draws it, each generator's in one draw."""
-    import torch
-
-    drawn = [torch.randn(shape, generator=one, device=one.device).cpu() for one in generators]
-    return torch.cat(drawn).numpy()
-
-
-def _seeds(generators: Sequence[torch.Generator], count: int) -> list[int]:
-    """One a picture, each of the next generator. They stay as they are: diffusers draws no seeds."""
-    import torch
-
-    copies = [torch.Generator(device=one.device).set_state(one.get_state()) for one in generators]
-    drawn = (copies[index % len(copies)] for index in range(count))
-    return [int(torch.randint(_SEED_LIMIT, (1,), generator=one, device=one.device)) for one in drawn]
-
-
-def _as_tensors(images: Any, wanted: str) -> Any:
-    """What diffusers has for "pt" (N, 3, H, W) and "latent" (N, C, H/8, W/8): tensors."""
-    if wanted not in ("pt", "latent"):
-        return images
-    import torch
-
-    return cast(Any, torch).from_numpy(images if wanted == "latent" else images.transpose(0, 3, 1, 2).copy())

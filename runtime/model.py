@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from ..adapters.folder import check_folder
+from ..engines.backend import Place, check_backend
 from ..engines.backends import BACKENDS
 from ..engines.errors import CheckpointError, UsageError, command
 from ..engines.hub import snapshot
@@ -164,6 +166,25 @@ def open_model(
         refuse_entry(path)
         return _package(path, options)
     return _opened(path, backend(), options, hub, advance, note, allow_unused=allow_unused)
+
+
+def check_model(model: str) -> None:
+    """Find a model, but open nothing; one of a hub is fetched. Raises as `open_model` where there is none."""
+    if model not in SHIPPED:
+        from ..checkpoints.find import locate  # here: as in `open_model`
+
+        locate(model)
+
+
+def check_opening(*, backend: str, device: str, loras: str | Path | None) -> None:
+    """Raise what `Pipeline.open` refuses on every machine, for whoever has it called on another one.
+
+    Raises:
+        UsageError: no such device, a backend that does not run there, or adapters in no folder.
+        BackendError: an unknown backend.
+    """
+    check_backend(backend, Place.parse(device))
+    check_folder(loras)
 
 
 def open_control_model(

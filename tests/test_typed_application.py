@@ -15,7 +15,8 @@ from tests.structure import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPED = ROOT / "tests" / "typed"
-STRANGERS = ["application.py", "threads.py", "asyncio_stream.py", "service_fastapi.py", "batch_job.py"]
+EXAMPLES = ["threads.py", "asyncio_stream.py", "service_fastapi.py", "batch_job.py", "triton_http.py"]
+STRANGERS = ["application.py", *EXAMPLES]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = package / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    for path in [*TYPED.glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+    for path in [*TYPED.glob("*.py"), *(ROOT / "examples" / name for name in EXAMPLES)]:
         shutil.copy(path, home)
     return home
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ...engines import errors
 from ...engines.errors import LatentrtError, StorageError, UsageError
+from ...runtime.model import check_model, check_opening
+from ...runtime.request.parameters import check_integer
+from .rows import read_rows
 
-READERS = {".jsonl": "read_json", ".json": "read_json", ".csv": "read_csv", ".parquet": "read_parquet"}
 MANIFEST, FAILURES = "manifest.jsonl", "failures.jsonl"
-_TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"})  # numbers, too
 BATCH = 8  # requests that share steps, and what is drawn again where a worker dies
 
 
@@ -36,20 +38,32 @@ class Draw:
     def __init__(self, model: str, out: str, options: Mapping[str, Any]) -> None:
         from ...runtime.pipeline import Pipeline
 
-        self._pipe = Pipeline.open(model, **options)
         self._out = Path(out)
+        self._broken: LatentrtError | None = None
+        try:
+            self._pipe = Pipeline.open(model, **options)
+        except LatentrtError as error:  # Ray would make its text of it
+            self._broken = error
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Columns of rows -> one column of what became of each, as JSON."""
-        rows = rows_of(batch)
+        """A column of requests -> a column of what became of each, as JSON; or why the run is over."""
+        rows: list[dict[str, Any]] = [json.loads(row) for row in batch["row"]]
+        try:
+            if self._broken is not None:
+                raise self._broken
+            told = self._drawn(rows)
+        except LatentrtError as error:
+            kind = next(one.__name__ for one in type(error).__mro__ if hasattr(errors, one.__name__))
+            why = {name: getattr(error, name) for name in ("found", "expected", "fix")}
+            return {"result": [json.dumps({"status": "over", "type": kind, "why": why})]}
+        return {"result": [json.dumps({**row, **what}) for row, what in zip(rows, told, strict=True)]}
+
+    def _drawn(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         requests = [self._request(row) for row in rows]
         told: dict[int, dict[str, Any]] = {
-            number: failure(error) for number, row in enumerate(rows) if (error := odd(row)) is not None
-        }
-        told |= {
             number: {"path": name, "status": "kept"}
             for number, (name, _) in enumerate(requests)
-            if number not in told and (self._out / name).exists()
+            if (self._out / name).exists()
         }
         left = [number for number in range(len(rows)) if number not in told]
         for place, item in self._pipe.stream_many(requests[number][1] for number in left):
@@ -57,11 +71,11 @@ class Draw:
                 continue  # a step
             number = left[place]
             told[number] = self._kept(requests[number][0], item)
-        return {"result": [json.dumps({**rows[number], **told[number]}) for number in range(len(rows))]}
+        return [told[number] for number in range(len(rows))]
 
     def _request(self, row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         name = name_of(self._pipe.package.manifest.sha256, row)
-        seed = int(name[:8], 16) if row.get("seed") is None else row["seed"]
+        seed = int(name[:8], 16) if row.get("seed", -1) == -1 else row["seed"]
         return f"{name[:2]}/{name}.png", {**row, "seed": seed, "output_type": "pil"}
 
     def _kept(self, name: str, item: Any) -> dict[str, Any]:
@@ -69,43 +83,8 @@ class Draw:
             return failure(item)
         path = self._out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        unfinished.write_bytes(item.to_bytes("png"))
-        unfinished.replace(path)  # whole, or not there
+        item.save(path)  # whole, or not there
         return {"path": name, "status": "drawn"}
-
-
-def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of columns, without what is null in them."""
-    columns = {name: list(values) for name, values in batch.items()}
-    count = max((len(values) for values in columns.values()), default=0)
-    rows = [{name: _plain(values[number]) for name, values in columns.items()} for number in range(count)]
-    told = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    return [{name: str(value) if name in _TEXTS else value for name, value in row.items()} for row in told]
-
-
-def odd(row: Mapping[str, Any]) -> UsageError | None:
-    """Why a row is no picture of this run; a pipeline says what else is wrong with it."""
-    if "prompt" not in row:
-        return UsageError("a row without a prompt", expected="the column prompt", fix="Fill it in.")
-    if row.get("num_images_per_prompt", 1) != 1:
-        return UsageError(
-            f"num_images_per_prompt is {row['num_images_per_prompt']}",
-            expected="a row for each picture",
-            fix="Write as many rows, each with its seed.",
-        )
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON; None for what a table has in place of nothing."""
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, float) and value != value:
-        return None
-    return (
-        int(value) if isinstance(value, float) and value.is_integer() else value
-    )  # beside nothing it is a float
 
 
 def name_of(model: str, row: Mapping[str, Any]) -> str:
@@ -134,50 +113,71 @@ def draw_all(
     workers: int = 1,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
-    **options: Any,
+    device: str = "auto",
+    backend: str = "auto",
+    loras: Path | None = None,
 ) -> dict[str, Any]:
-    """Draw every row of a file; how many were drawn, kept and failed, and how fast.
+    """Draw every row of a file; how many were drawn, kept, failed and repeated, and how fast.
 
     Args:
         source: rows as JSON lines, CSV or Parquet.
         out: a folder that all workers see. Its `manifest.jsonl` and `failures.jsonl` are written at the end.
         model: as `Pipeline.open` takes it.
         workers: processes, each with so many CPUs and GPUs.
-        options: of `Pipeline.open`.
+        device, backend, loras: as `Pipeline.open` takes them.
 
     Raises:
-        UsageError: a file of another kind, or none.
+        UsageError: a file that cannot be read, or has columns that no request has.
+        LatentrtError: as `Pipeline.open`, or a full disk.
     """
-    if source.suffix not in READERS or not source.exists():
-        raise UsageError(
-            f"{source} is no file of rows that is there",
-            expected=f"one that ends in {', '.join(READERS)}",
-            fix="Check the path.",
-        )
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is no folder", expected="a folder for pictures", fix="Choose another one.")
-    data: Any = import_module("ray.data")
     began, out = time.monotonic(), out.absolute()
+    rows = read_rows(source)
+    options = {"device": device, "backend": backend, "loras": loras}
+    _check(out, model, workers, options)
     out.mkdir(parents=True, exist_ok=True)
-    rows = getattr(data, READERS[source.suffix])(str(source.absolute()))
-    # Before the workers start: they may take every CPU, and reading would wait for one for ever.
-    batches = rows.repartition(target_num_rows_per_block=BATCH).materialize()
-    results = batches.map_batches(
-        Draw,
-        fn_constructor_args=(model, str(out), options),
-        batch_size=BATCH,
-        compute=data.ActorPoolStrategy(size=workers),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )
-    told = [json.loads(row["result"]) for row in results.iter_rows()]
+    told = [{**row, **failure(why)} for row, why in rows.refused]
+    if rows.asked:
+        told += _by_workers(rows.asked, (model, str(out), options), workers, num_cpus, num_gpus)
     seconds = time.monotonic() - began
     _write(out / MANIFEST, (row for row in told if row["status"] != "failed"))
     _write(out / FAILURES, (row for row in told if row["status"] == "failed"))
     counts = {status: sum(row["status"] == status for row in told) for status in ("drawn", "kept", "failed")}
-    return {**counts, "seconds": seconds, "pictures_per_second": counts["drawn"] / seconds}
+    speed = {"seconds": seconds, "pictures_per_second": counts["drawn"] / seconds}
+    return {**counts, "repeated": rows.repeated, **speed}
+
+
+def _check(out: Path, model: str, workers: int, options: Mapping[str, Any]) -> None:
+    """Raise, before Ray starts anything, what every worker would end with."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is no folder", expected="a folder for pictures", fix="Choose another one.")
+    check_integer("workers", workers, 1, 1_000_000)
+    check_opening(**options)
+    check_model(model)
+
+
+def _by_workers(
+    rows: Sequence[Mapping[str, Any]], arguments: tuple[Any, ...], workers: int, cpus: float, gpus: float
+) -> Iterator[dict[str, Any]]:
+    """What became of each request. Raises the error that a worker's run is over with."""
+    data: Any = import_module("ray.data")
+    batches = data.from_items(
+        [{"row": json.dumps(row)} for row in rows], override_num_blocks=math.ceil(len(rows) / BATCH)
+    )
+    results = batches.map_batches(
+        Draw,
+        fn_constructor_args=arguments,
+        batch_size=BATCH,
+        compute=data.ActorPoolStrategy(size=workers),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    for row in results.iter_rows():
+        told = json.loads(row["result"])
+        if told["status"] == "over":
+            raise getattr(errors, told["type"])(**told["why"])
+        yield told
 
 
 def _write(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
@@ -215,7 +215,8 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {str(error).strip().splitlines()[-1]}\n")
         return 1
     sys.stdout.write(
-        f"{done['drawn']} drawn, {done['kept']} there before, {done['failed']} failed;"
+        f"{done['drawn']} drawn, {done['kept']} there before, {done['failed']} failed,"
+        f" {done['repeated']} repeated;"
         f" {done['pictures_per_second']:.2f} pictures a second\n"
     )
     return 1 if done["failed"] else 0

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ...engines.errors import UsageError
+from ...runtime.model import check_opening
 from ...serve.server import named
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ class Settings:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
-        """Texts of a command line, or values. Raises UsageError for a name or a number that is none."""
+        """Texts of a command line, or values.
+
+        Raises:
+            UsageError: a name or a value that is none, or that no replica could start with.
+            BackendError: the backend is unknown.
+        """
         kinds: dict[str, Any] = {item.name: type(item.default) for item in fields(cls)}
         found: dict[str, Any] = {}
         for name, value in given.items():
@@ -96,21 +102,35 @@ class Settings:
                     f"{name} is {value!r:.80}", expected="a number", fix=f"Change {name}."
                 ) from error
         settings = cls(**found)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """Raise what would else be seen in the log of a replica alone."""
         for name, least in _LEAST.items():
-            if not getattr(settings, name) >= least:
+            if not getattr(self, name) >= least:
                 raise UsageError(
-                    f"{name} is {getattr(settings, name):g}",
+                    f"{name} is {getattr(self, name):g}",
                     expected=f"{least:g} or more",
                     fix=f"Change {name}.",
                 )
-        if settings.key_file and not Path(settings.key_file).is_file():
+        if self.min_replicas > self.max_replicas:
             raise UsageError(
-                f"key_file is {settings.key_file!r:.200}, which is no file",
+                f"min_replicas is {self.min_replicas}",
+                expected=f"max_replicas, {self.max_replicas}, or fewer",
+                fix="Change one of them.",
+            )
+        if self.key_file and not Path(self.key_file).is_file():
+            raise UsageError(
+                f"key_file is {self.key_file!r:.200}, which is no file",
                 expected="keys, one a line",
                 fix="Check the path.",
             )
-        named(settings.models.split(","))
-        return settings
+        if not all(model.strip() for model in named(self.models.split(",")).values()):
+            raise UsageError(
+                f"models is {self.models!r:.200}", expected="a model, or several", fix="Leave models out."
+            )
+        check_opening(backend=self.backend, device=self.device, loras=self.loras or None)
 
 
 # What is less makes no server, or stops Ray's controller.
@@ -269,7 +289,7 @@ class ByPixelSteps:
 
 
 def application(arguments: Mapping[str, Any]) -> Any:
-    """The application of such settings, for `serve run` and `ray.serve.run`. Raises UsageError."""
+    """The application of such settings, for `serve run` and `ray.serve.run`. Raises as `Settings.read`."""
     serve: Any = import_module("ray.serve")
     config: Any = import_module("ray.serve.config")
     settings = Settings.read(arguments)

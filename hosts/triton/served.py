@@ -16,7 +16,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -124,7 +124,9 @@ class Model:
             raise UsageError(
                 "fields is no object", expected='{"seed": 7}', fix="Send an object as JSON text."
             )
-        return {**written, **json.loads(request.parameters() or "{}"), **texts, **pictures}
+        parameters = json.loads(request.parameters() or "{}")
+        parameters.pop("id", None)  # of the request, in Triton's `generate`; its HTTP server hands it over
+        return _joined(cast("dict[str, Any]", written), parameters, texts, pictures)
 
     # ── its answers ────────────────────────────────────────────────────────────────────────────────
 
@@ -205,6 +207,20 @@ class Model:
         if kind in ("internal", "numeric") or not usage:
             return error.INTERNAL
         return error.INVALID_ARG
+
+
+def _joined(*places: Mapping[str, Any]) -> dict[str, Any]:
+    """One of several objects. Raises UsageError for a name that two of them have: one would be ignored."""
+    found = dict[str, Any]()
+    for place in places:
+        for name in found.keys() & place.keys():
+            raise UsageError(
+                f"{name} is sent twice",
+                expected="an input, a parameter, or a name in fields",
+                fix=f"Leave one {name} out.",
+            )
+        found |= place
+    return found
 
 
 def _news(reading: Reading | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ SEED_MAX = 2**64 - 1
 # What ComfyUI multiplies a LATENT with for the UNet, by the family (comfy/latent_formats.py).
 _SCALE = 0.18215
 _SCALES = {"sdxl": 0.13025, "sdxl-refiner": 0.13025}
+_PICTURE_NODE = "Use the node `latentrt picture`."
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,57 @@ class Steering:
     preparation: str | None = None
 
 
-_open: OrderedDict[tuple[str, str], Any] = OrderedDict()
+@dataclass(eq=False)
+class Opened:
+    """A pipeline, and how many draw with it now."""
+
+    pipe: Any
+    users: int = 0
+
+
+_open: OrderedDict[tuple[str, str], Opened] = OrderedDict()
 _lock = threading.Lock()
 
 
-def opened(model: Model) -> Any:
-    """The pipeline of a model, opened once; the longest unused gives room."""
+@contextmanager
+def opened(model: Model) -> Iterator[Any]:
+    """The pipeline of a model, opened once; the longest unused gives room, once nobody draws with it."""
     import latentrt
 
     key = (model.path, model.device)
     with _lock:
         if key not in _open:
-            while len(_open) >= OPEN_MODELS:
-                _open.popitem(last=False)[1].close()
-            _open[key] = latentrt.Pipeline.open(model.path, device=model.device)
+            _make_room(OPEN_MODELS - 1)
+            _open[key] = Opened(latentrt.Pipeline.open(model.path, device=model.device))
         _open.move_to_end(key)
-        return _open[key]
+        one = _open[key]
+        one.users += 1
+    try:
+        yield one.pipe
+    finally:
+        with _lock:
+            one.users -= 1
+            _make_room(OPEN_MODELS)
+
+
+def _make_room(most: int) -> None:
+    idle = [key for key, one in _open.items() if not one.users]
+    for key in idle[: max(len(_open) - most, 0)]:
+        _open.pop(key).pipe.close()
+
+
+def _refused(found: str, expected: str, fix: str) -> Exception:
+    from latentrt import UsageError
+
+    return UsageError(found, expected=expected, fix=fix)
 
 
 def _named(pipe: Any, path: str) -> str:
     """An adapter's or a control's own name, loaded if it is a file."""
     name = _name_of(path)
-    if name not in pipe.adapters.all_names():
-        pipe.load_lora_weights(path, name)
+    with _lock:
+        if name not in pipe.adapters.all_names():
+            pipe.load_lora_weights(path, name)
     return name
 
 
@@ -87,8 +118,9 @@ def _controls(pipe: Any, model: Model) -> list[Any]:
     made = []
     for one in model.controls:
         name = _name_of(one.name)
-        if name not in pipe.controls.names:
-            pipe.load_control(one.name, name)
+        with _lock:
+            if name not in pipe.controls.names:
+                pipe.load_control(one.name, name)
         made.append(
             Control(
                 model=name,
@@ -294,40 +326,54 @@ class Sample:
         denoise: float,
     ) -> tuple[dict[str, Any]]:
         if model.server:
-            raise ValueError("a server draws whole pictures: use the node `latentrt picture`")
+            raise _refused("a server and a latent", "a server draws whole pictures", _PICTURE_NODE)
         if "noise_mask" in latent:
-            raise ValueError(
-                "a latent with a noise mask: give picture and mask to the node `latentrt picture`"
-            )
+            raise _refused("a latent with a noise mask", "a latent alone, or picture and mask", _PICTURE_NODE)
         if denoise == 0:
             return (latent,)
-        pipe = opened(model)
-        manifest = pipe.package.manifest
-        samples = latent["samples"].cpu().numpy().astype(np.float32)  # (B, C, H/8, W/8)
-        if samples.shape[1] != manifest.latent_channels:
-            raise ValueError(
-                f"a latent of {samples.shape[1]} channels for a model of {manifest.latent_channels}"
-            )
-        scale = np.float32(_SCALES.get(manifest.family, _SCALE))
-        begins = bool(samples.any()) or denoise < 1
         parameters: dict[str, Any] = {
             "negative_prompt": negative,
             "num_inference_steps": steps,
             "guidance_scale": cfg,
             "sampler": sampler,
             "output_type": "latent",
-            "loras": [(_named(pipe, path), strength) for path, strength in model.loras],
-            "controls": _controls(pipe, model) or None,
         }
-        height, width = (side * manifest.latent_scale for side in samples.shape[2:])
-        drawn: list[Any] = []
-        for number, sample in enumerate(samples):
-            start = {"image": sample[None] * scale, "strength": denoise}
-            more = start if begins else {"height": height, "width": width}
-            callback = _callback(steps)
-            result = pipe(positive, seed=seed + number, callback_on_step_end=callback, **parameters, **more)
-            drawn.append(result.images)
-        return ({**latent, "samples": torch.from_numpy(np.concatenate(drawn) / scale)},)
+        with opened(model) as pipe:
+            samples = _sampled(pipe, model, positive, seed, latent["samples"], denoise, parameters)
+        return ({**latent, "samples": samples},)
+
+
+def _sampled(
+    pipe: Any,
+    model: Model,
+    prompt: str,
+    seed: int,
+    latents: torch.Tensor,
+    denoise: float,
+    parameters: dict[str, Any],
+) -> torch.Tensor:
+    """(B, C, H/8, W/8) at the decoder's scale, of as many: each has a seed of its own."""
+    manifest = pipe.package.manifest
+    samples = latents.cpu().numpy().astype(np.float32)
+    if samples.shape[1] != manifest.latent_channels:
+        raise _refused(
+            f"a latent of {samples.shape[1]} channels",
+            f"{manifest.latent_channels}, which the model has",
+            "Make the latent for this model.",
+        )
+    scale = np.float32(_SCALES.get(manifest.family, _SCALE))
+    loras = [(_named(pipe, path), strength) for path, strength in model.loras]
+    own = {**parameters, "loras": loras, "controls": _controls(pipe, model) or None}
+    height, width = (side * manifest.latent_scale for side in samples.shape[2:])
+    drawn: list[Any] = []
+    for number, sample in enumerate(samples):
+        if samples.any() or denoise < 1:
+            own |= {"image": sample[None] * scale, "strength": denoise}
+        else:
+            own |= {"height": height, "width": width}
+        callback = _callback(own["num_inference_steps"])
+        drawn.append(pipe(prompt, seed=seed + number, callback_on_step_end=callback, **own).images)
+    return torch.from_numpy(np.concatenate(drawn) / scale)
 
 
 class Draw:
@@ -378,25 +424,22 @@ class Draw:
         }
         if image is not None:
             if len(image) > 1:
-                raise ValueError(
-                    f"{len(image)} pictures to start from: give one, `count` draws several of it"
-                )
+                raise _refused(f"{len(image)} pictures to start from", "one", "`count` draws several of it.")
             values |= {"image": _pictures(image)[0], "strength": strength}
         if mask is not None and image is not None:
             values["mask_image"] = _pictures(mask[..., None])[0][..., 0]
         if model.server:
             pixels, told = Remote(model.server, model.key).draw(positive, values, model)
         else:
-            pipe = opened(model)
-            loras = [(_named(pipe, path), share) for path, share in model.loras]
-            result = pipe(
-                positive,
-                output_type="np",
-                loras=loras,
-                controls=_controls(pipe, model) or None,
-                callback_on_step_end=_callback(steps),
-                **values,
-            )
+            with opened(model) as pipe:
+                result = pipe(
+                    positive,
+                    output_type="np",
+                    loras=[(_named(pipe, path), share) for path, share in model.loras],
+                    controls=_controls(pipe, model) or None,
+                    callback_on_step_end=_callback(steps),
+                    **values,
+                )
             pixels, told = result.images, result.infotext()
         return torch.from_numpy(pixels.astype(np.float32) / 255.0), told
 

@@ -237,11 +237,10 @@ def _config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> S
 def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
     for option, required in _REQUIRED.items():
         if option in options and options[option] != required:
-            fix = "Use sampler='plms'." if option == "skip_prk_steps" else f"Set {option} to {required!r}."
             raise SamplerError(
                 f"{scheduler} with {option} = {options[option]!r}",
                 expected=f"{required!r}: the rest cannot be written as a coefficient table",
-                fix=fix,
+                fix=f"Set {option} to {required!r}.",
             )
     if SCHEDULER_CLASSES[scheduler].no_sample_prediction and options["prediction_type"] == "sample":
         raise refusal(scheduler, "prediction_type", "sample", PREDICTION_TYPES[:2])

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from latentrt import Control, Pipeline
+from latentrt import Control, Pipeline, UsageError
 from latentrt.runtime.model import ADAPTERS, CONTROLS
 from tests.parity_pair import photo
 from tests.serve.live import live, open_demo
@@ -48,6 +49,7 @@ class Comfy:
     def __init__(self) -> None:
         self.progress: list[tuple[int, int]] = []
         self.interrupt_at: int | None = None
+        self.at_first_step: Callable[[], None] | None = None
         self.files = {
             "checkpoints": {},
             "loras": {path.name: path for path in ADAPTERS["demo"].glob("*.safetensors")},
@@ -56,6 +58,8 @@ class Comfy:
 
     def modules(self) -> dict[str, Any]:
         def check() -> None:
+            if self.at_first_step is not None:
+                self.at_first_step()
             if self.interrupt_at == len(self.progress):
                 raise InterruptedHereError
 
@@ -100,7 +104,7 @@ def package() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     for one in sys.modules[f"{name}.nodes"]._open.values():
-        one.close()
+        one.pipe.close()
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +331,7 @@ def test_a_server_draws_the_same(package: ModuleType, comfy: Comfy, pipe: Pipeli
         assert "Steps: 4" in told
         with pytest.raises(ValueError, match=r"the server says: .*width"):
             draw(far, **{**size, "width": 60}, **FAST)
-        with pytest.raises(ValueError, match="a server draws whole pictures"):
+        with pytest.raises(UsageError, match=r"a server draws whole pictures.*latentrt picture"):
             package.NODE_CLASS_MAPPINGS["LatentrtSampler"]().sample(far, latent={}, denoise=1.0, **FAST)
 
 
@@ -352,13 +356,13 @@ def test_other_addresses_are_refused(package: ModuleType, comfy: Comfy, address:
 def test_latents_and_pictures_that_nothing_is_drawn_of(package: ModuleType, comfy: Comfy) -> None:
     sample = package.NODE_CLASS_MAPPINGS["LatentrtSampler"]().sample
     latent = {"samples": torch.zeros((1, 4, 8, 8))}
-    with pytest.raises(ValueError, match="a latent with a noise mask"):
+    with pytest.raises(UsageError, match=r"a latent with a noise mask.*Use the node `latentrt picture`"):
         sample(model(package), latent={**latent, "noise_mask": torch.ones((1, 64, 64))}, denoise=1.0, **FAST)
-    with pytest.raises(ValueError, match="a latent of 16 channels for a model of 4"):
+    with pytest.raises(UsageError, match="a latent of 16 channels; expected 4"):
         sample(model(package), latent={"samples": torch.zeros((1, 16, 8, 8))}, denoise=1.0, **FAST)
     assert sample(model(package), latent=latent, denoise=0.0, **FAST) == (latent,)
     two = torch.zeros((2, 64, 64, 3))
-    with pytest.raises(ValueError, match="2 pictures to start from"):
+    with pytest.raises(UsageError, match="2 pictures to start from"):
         package.NODE_CLASS_MAPPINGS["LatentrtPicture"]().draw(
             model(package), width=64, height=64, count=1, image=two, **FAST
         )
@@ -390,3 +394,45 @@ def test_files_of_one_name_in_two_folders_are_two(package: ModuleType, comfy: Co
             )
         )
     assert not torch.equal(drawn[0][0], drawn[1][0])
+
+
+def test_a_model_that_draws_is_not_closed_for_another(
+    package: ModuleType, comfy: Comfy, pipe: Pipeline, tmp_path: Path
+) -> None:
+    """While one draws, its callback opens more models than there is room for, in another thread."""
+    nodes = sys.modules[f"{package.__name__}.nodes"]
+    others = [tmp_path / str(number) for number in range(nodes.OPEN_MODELS + 1)]
+    for path in others:
+        path.symlink_to(ROOT / "demo" / "package")
+
+    def draw(path: Path) -> Any:
+        one = nodes.Model(path=str(path), device="cpu")
+        return package.NODE_CLASS_MAPPINGS["LatentrtPicture"]().draw(
+            one, width=64, height=64, count=1, **FAST
+        )[0]
+
+    def meanwhile() -> None:
+        comfy.at_first_step, told = None, list(nodes._open)
+        assert (str(others[0]), "cpu") in told
+        with ThreadPoolExecutor(1) as thread:
+            drawn.extend(thread.map(draw, others[1:]))
+
+    drawn: list[Any] = []
+    comfy.at_first_step = meanwhile
+    first = draw(others[0])
+    wanted = pipe(
+        PROMPT, seed=7, num_inference_steps=4, guidance_scale=7.0, sampler="euler", width=64, height=64,
+        output_type="np",
+    ).images  # fmt: skip
+    assert len(drawn) == nodes.OPEN_MODELS
+    for found in (first, *drawn):
+        np.testing.assert_array_equal((found.numpy() * 255).round().astype(np.uint8), wanted)
+    assert len(nodes._open) <= nodes.OPEN_MODELS, "room is made as soon as they are idle"
+
+
+def test_threads_that_ask_for_one_adapter_load_it_once(package: ModuleType, comfy: Comfy) -> None:
+    nodes = sys.modules[f"{package.__name__}.nodes"]
+    path = str(next(ADAPTERS["demo"].glob("*.safetensors")))
+    with nodes.opened(nodes.Model(path="demo", device="cpu")) as pipe, ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(lambda _: nodes._named(pipe, path), range(16)))
+    assert len(set(names)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -25,10 +26,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentrt import Pipeline, UsageError
+from latentrt import BackendError, Pipeline, UsageError
 from latentrt.benchmarks.verbs.hosts import measure_hosts
-from latentrt.engines.errors import StorageError
-from latentrt.hosts.ray.bulk import draw_all, failure, main, name_of, odd, rows_of
+from latentrt.engines.errors import LatentrtError, StorageError
+from latentrt.hosts.ray.bulk import Draw, draw_all, failure, main, name_of
+from latentrt.hosts.ray.rows import odd, read_rows
 from latentrt.hosts.ray.serving import ByPixelSteps, Replica, Settings
 from tests.benchmarks.stand_in_side import PACKAGE, TASK
 from tests.benchmarks.test_hosts import CASE as FEW_STEPS
@@ -96,6 +98,25 @@ def test_settings_are_texts_or_values() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"models": ""}, "models is ''"),
+        ({"models": "a, ,b"}, "models is 'a, ,b'"),
+        ({"models": "a="}, "models is 'a='"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": "cuda:x"}, "device is 'cuda:x'"),
+        ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
+        ({"backend": "onnxruntime", "device": "cuda"}, "the backend onnxruntime with the device cuda"),
+        ({"loras": "/no/such"}, "/no/such is no folder"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas is 3"),
+    ],
+)
+def test_settings_that_no_replica_could_start_with(given: dict[str, Any], words: str) -> None:
+    with pytest.raises((UsageError, BackendError), match=words):
+        Settings.read(given)
+
+
+@pytest.mark.parametrize(
     ("there", "wanted"), [({}, 1), ({"a": 0.0}, 1), ({"a": 90.0, "b": 20.0}, 2), ({"a": 1000.0}, 10)]
 )
 def test_a_replica_for_so_many_pixel_steps(there: dict[str, float], wanted: int) -> None:
@@ -119,7 +140,7 @@ def served(**settings: Any) -> Iterator[httpx.Client]:
         str(port),
         json.dumps(settings),
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = _without_pythonpath()
     process = subprocess.Popen(
         program,
         stdin=subprocess.PIPE,
@@ -247,11 +268,156 @@ def test_what_a_replica_costs_is_measured() -> None:
 # ── Ray Data ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rows_of_columns() -> None:
-    batch = {"prompt": np.array(["a", "b"]), "seed": np.array([1.0, np.nan]), "width": np.array([64, 32])}
-    assert rows_of(batch) == [{"prompt": "a", "seed": 1, "width": 64}, {"prompt": "b", "width": 32}]
-    assert rows_of({}) == []
-    assert rows_of({"prompt": np.array([7]), "seed": np.array([2.0])}) == [{"prompt": "7", "seed": 2}]
+BIG = 2**53 + 1  # the first whole number that no float is
+
+
+def rows_file(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def in_its_environment(code: str, *words: str | Path) -> Any:
+    """What a program prints as JSON, where there are pandas and pyarrow."""
+    told = subprocess.run(
+        [PYTHON, "-c", code, *words], capture_output=True, text=True, cwd="/", env=_without_pythonpath()
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    return json.loads(told.stdout)
+
+
+def _without_pythonpath() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@needs_ray
+def test_columns_have_their_declared_types(tmp_path: Path) -> None:
+    """Beside pandas with those types declared: whole numbers stay what they are beside empty cells."""
+    source = rows_file(
+        tmp_path / "a.csv",
+        "\ufeffprompt,seed,guidance_scale,width,negative_prompt\n"
+        f'"a, b",{BIG},7,64,\n7,,7.5,,"x\ny"\n\n c ,18446744073709551615,,,',
+    )
+    wanted = in_its_environment(
+        "import json, pandas, sys\n"
+        "types = {'prompt': 'string', 'negative_prompt': 'string', 'seed': 'UInt64', 'width': 'Int64',"
+        " 'guidance_scale': 'Float64'}\n"
+        "rows = pandas.read_csv(sys.argv[1], dtype=types, encoding='utf-8-sig').to_dict('records')\n"
+        "print(json.dumps([{k: v for k, v in row.items() if not pandas.isna(v)} for row in rows]))",
+        source,
+    )
+    found = read_rows(source)
+    assert (found.asked, found.refused, found.repeated) == (wanted, [], 0)
+    assert [type(row["seed"]) for row in found.asked if "seed" in row] == [int, int]
+
+
+def test_cells_are_read_as_on_the_command_line(tmp_path: Path) -> None:
+    source = rows_file(
+        tmp_path / "a.csv", 'prompt,seed,loras,timesteps,image\na,1.0,striped:0.5,"900,1",7.npy\n'
+    )
+    (row,) = read_rows(source).asked
+    assert row == {
+        "prompt": "a", "seed": 1, "loras": [["striped", 0.5]], "timesteps": [900, 1], "image": "7.npy"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "array"])
+def test_json_has_types_of_its_own(kind: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a", "seed": BIG}, {"prompt": "b", "seed": None}]
+    source = tmp_path / f"a.{'json' if kind == 'array' else kind}"
+    source.write_text(json.dumps(rows) if kind == "array" else "\n".join(map(json.dumps, rows)))
+    assert read_rows(source).asked == [{"prompt": "a", "seed": BIG}, {"prompt": "b"}]
+
+
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    """Not at the other ends of lines that Unicode has, which a text may have inside."""
+    source = rows_file(tmp_path / "a.jsonl", '{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c\x85d"}')
+    assert [row["prompt"] for row in read_rows(source).asked] == ["a\u2028b", "c\x85d"]
+
+
+@needs_ray
+def test_a_table_of_pandas(tmp_path: Path) -> None:
+    """Seeds beside nothing are floats there; where a float is no longer one number it stays a float."""
+    told = in_its_environment(
+        "import json, pandas, sys\n"
+        "from pathlib import Path\n"
+        "from latentrt import UsageError\n"
+        "from latentrt.hosts.ray.rows import read_rows\n"
+        "path, seeds = Path(sys.argv[1], 'a.parquet'), [1, None, int(sys.argv[2])]\n"
+        "table = pandas.DataFrame({'prompt': ['a', 'b', 'c'], 'seed': seeds})\n"
+        "table.to_parquet(path)\n"
+        "floats = read_rows(path).asked\n"
+        "table.assign(seed=pandas.array(seeds, 'Int64')).to_parquet(path)\n"
+        "whole = read_rows(path).asked\n"
+        "refused = []\n"
+        "for column in ('text', 'prompt'):\n"
+        "    pandas.DataFrame({column: ['a'], 'odd': 1}).to_parquet(path)\n"
+        "    try: read_rows(path)\n"
+        "    except UsageError as error: refused.append(str(error))\n"
+        "print(json.dumps([floats, whole, refused]))",
+        tmp_path,
+        str(BIG),
+    )
+    floats, whole, refused = told
+    assert floats == [{"prompt": "a", "seed": 1}, {"prompt": "b"}, {"prompt": "c", "seed": float(BIG)}]
+    assert [type(row.get("seed")) for row in floats] == [int, type(None), float]
+    assert whole == [{"prompt": "a", "seed": 1}, {"prompt": "b"}, {"prompt": "c", "seed": BIG}]
+    assert ["no column prompt" in refused[0], "the column 'odd'" in refused[1]] == [True, True]
+
+
+def test_rows_that_ask_for_the_same_are_one(tmp_path: Path) -> None:
+    source = rows_file(
+        tmp_path / "a.jsonl",
+        '{"prompt": "a", "seed": 1}\n{"seed": 1.0, "prompt": "a"}\n{"prompt": "a", "seed": 2}\n',
+    )
+    found = read_rows(source)
+    assert (len(found.asked), found.repeated, found.refused) == (2, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "prompt,stepz\na,4\n", "the column 'stepz'"),
+        ("a.csv", "prompt,steps\na,4\n", "the column 'steps'; expected 'num_inference_steps'"),
+        ("a.csv", "prompt, seed\na,4\n", "the column ' seed'; expected 'seed'"),
+        ("a.csv", "prompt,seed,seed\na,4,5\n", "a second column 'seed'"),
+        ("a.csv", "prompt,latents\na,x.npy\n", "the column 'latents'"),
+        ("a.csv", "text\na\n", "names no column prompt"),
+        ("a.csv", "", "names no column prompt"),
+        ("a.csv", 'prompt\n"a\n', "cannot be read"),
+        ("a.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 2}\n', "the column 'id'"),
+        ("a.json", "[1", "cannot be read"),
+        ("a.json", "[" * 5000, "cannot be read"),
+    ],
+)
+def test_a_file_that_would_make_every_row_fail(name: str, text: str, words: str, tmp_path: Path) -> None:
+    source = rows_file(tmp_path / name, text)
+    with pytest.raises(UsageError, match=words):
+        draw_all(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing is drawn"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"prompt": 7}', "the prompt is 7"),
+        ("a.jsonl", '{"prompt": ["a"]}', "the prompt is ['a']"),
+        ("a.jsonl", "{nope", "the row '{nope'"),
+        ("a.jsonl", "[" * 5000, "the row '[["),
+        ("a.json", '[{"prompt": "b"}, 7]', "the row 7"),
+        ("a.csv", "prompt,seed\na, b,7", "3 cells in 2 columns: 'a'"),
+        ("a.csv", "prompt,seed\na,many", "seed is 'many'"),
+        ("a.csv", "prompt,width\na,64px", "width is '64px'"),
+        ("a.csv", "prompt,seed\n,7", "a row without a prompt"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_its_own(name: str, text: str, words: str, tmp_path: Path) -> None:
+    good = "" if text.startswith("[{") else '{"prompt": "b"}\n' if name == "a.jsonl" else ""
+    source = rows_file(tmp_path / name, f"{good}{text}\n" + ("b,1\n" if name == "a.csv" else ""))
+    found = read_rows(source)
+    assert [row["prompt"] for row in found.asked] == ["b"]
+    ((told, why),) = found.refused
+    assert words in str(why)
+    assert told["row"] == (1 if name == "a.csv" else 2)
 
 
 def test_rows_that_are_no_pictures() -> None:
@@ -273,6 +439,21 @@ def test_files_that_are_none(name: str, tmp_path: Path) -> None:
         draw_all(tmp_path / name, tmp_path / "out")
 
 
+def test_a_full_disk_is_said_by_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data: what Ray raises has an error of ours in its text alone."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    worker = Draw("demo", str(tmp_path), {"device": "cpu"})
+    row = json.dumps({"prompt": PROMPT, "width": 64, "height": 64, "num_inference_steps": 1})
+    monkeypatch.setattr(os, "replace", full)
+    (told,) = map(json.loads, worker({"row": [row]})["result"])
+    assert (told["status"], told["type"]) == ("over", "StorageError")
+    assert "No space left on device" in told["why"]["found"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_full_disk_ends_the_run_and_other_errors_are_a_rows() -> None:
     with pytest.raises(StorageError):
         failure(StorageError("full", expected="space", fix="Make some."))
@@ -282,6 +463,26 @@ def test_a_full_disk_ends_the_run_and_other_errors_are_a_rows() -> None:
         "error": "ZeroDivisionError",
         "type": "ZeroDivisionError",
     }
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"model": "/no/such/model"}, "/no/such/model does not exist"),
+        ({"model": ""}, "the model's name is empty"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
+        ({"loras": Path("/no/such")}, "/no/such is no folder"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_what_every_worker_would_end_with_is_said_before_there_is_one(
+    more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    source = rows_file(tmp_path / "a.jsonl", '{"prompt": "a"}\n')
+    with pytest.raises(LatentrtError, match=words):
+        draw_all(source, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("health", ["ready", "unhealthy"])
@@ -307,11 +508,20 @@ def test_errors_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def bulk(source: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     program = [str(PYTHON), "-m", "latentrt.hosts.ray.bulk", str(source), "-o", str(out), *words]
-    environment = {**os.environ, "RAY_DEDUP_LOGS": "1"}
-    environment.pop("PYTHONPATH", None)
+    environment = {**_without_pythonpath(), "RAY_DEDUP_LOGS": "1"}
     return subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environment
     )
+
+
+@needs_ray
+def test_a_model_that_no_worker_can_open_is_said_in_our_words(tmp_path: Path) -> None:
+    source = rows_file(tmp_path / "a.jsonl", '{"prompt": "a"}\n')
+    model = rows_file(tmp_path / "model.safetensors", "nope")
+    process = bulk(source, tmp_path / "out", "--model", str(model))
+    _, errors = process.communicate(timeout=WAIT_S)
+    last = errors.strip().splitlines()[-1]
+    assert (process.returncode, last.startswith(f"error: {model}"), "; expected" in last) == (3, True, True)
 
 
 @needs_ray
@@ -321,7 +531,7 @@ def test_three_hundred_prompts_whose_workers_and_driver_are_killed(tmp_path: Pat
         {"prompt": PROMPT, "seed": number, "width": 64, "height": 64, "num_inference_steps": 4}
         for number in range(299)
     ]
-    rows.append({"prompt": PROMPT, "seed": 1, "width": 60, "height": 64, "num_inference_steps": 4})
+    rows += [{**rows[0], "width": 60}, {**rows[0], "prompt": 7}, rows[0]]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def made() -> list[Path]:
@@ -340,16 +550,16 @@ def test_three_hundred_prompts_whose_workers_and_driver_are_killed(tmp_path: Pat
             os.kill(found[0], signal.SIGKILL)
     told, errors = second.communicate(timeout=WAIT_S * 2)
     assert second.returncode == 1, errors[-3000:]
-    found = re.search(r"(\d+) drawn, (\d+) there before, 1 failed", told)
+    found = re.search(r"(\d+) drawn, (\d+) there before, 2 failed, 1 repeated", told)
     assert found is not None, told
     drawn, kept = int(found[1]), int(found[2])  # what a killed worker had drawn of its batch is there, too
     assert (drawn + kept, kept >= len(before)) == (299, True)
     assert len(made()) == 299
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.part")), "the lists are whole"
     assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "none is drawn twice"
     manifest = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    (failed,) = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-    assert "width is 60" in failed["error"]
+    failed = (out / "failures.jsonl").read_text()
+    assert ["width is 60" in failed, "the prompt is 7" in failed, failed.count("\n")] == [True, True, 2]
     assert len({row["path"] for row in manifest}) == 299
     for row in manifest[::30]:
         image = np.asarray(Image.open(out / row["path"]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from latentrt import Pipeline, UsageError, cli
@@ -21,7 +25,7 @@ from latentrt.hosts.triton.repository import TritonModel, config_of, write_repos
 from tests.benchmarks.stand_in_side import PACKAGE, TASK
 from tests.benchmarks.test_hosts import CASE as FEW_STEPS
 from tests.benchmarks.test_hosts import ONE_ROUND
-from tests.hosts.environment import PYTHON, missing
+from tests.hosts.environment import PYTHON, ROOT, missing
 from tests.hosts.triton import Triton, triton
 from tests.serve.live import open_demo
 
@@ -109,9 +113,6 @@ def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
 )
 def test_the_config_is_one_of_tritons(model: TritonModel) -> None:
     """Read by the protobuf of NVIDIA's client, which refuses unknown fields and values."""
-    import json
-    import subprocess
-
     program = """
 import sys, json
 from google.protobuf import text_format
@@ -217,6 +218,8 @@ def test_previews_come_before_the_picture(at: Triton) -> None:
         ({"prompt": PROMPT, "fields": {**SMALL, "width": 60}}, "width is 60"),
         ({"prompt": PROMPT, "fields": {**SMALL, "stepz": 4}}, "there is no parameter 'stepz'"),
         ({"prompt": PROMPT, "fields": [1]}, "fields is no object"),
+        ({"prompt": PROMPT, "fields": {**SMALL, "prompt": "a star"}}, "prompt is sent twice"),
+        ({"prompt": PROMPT, "fields": {**SMALL, "seed": 1}, "parameters": {"seed": 2}}, "seed is sent twice"),
         ({"prompt": PROMPT, "fields": {**SMALL, "loras": ["/etc/x.safetensors"]}}, "x.safetensors"),
         ({"prompt": PROMPT, "written": "{nope"}, "fields is no object"),
         ({"prompt": PROMPT, "written": "[" * 3000}, "fields is no object"),
@@ -227,6 +230,42 @@ def test_what_is_wrong_is_an_error_with_its_reason(at: Triton, request_: dict[st
     for found in (grpc, http):
         assert words in found["error"]
         assert "/etc" not in found["error"]
+
+
+def test_an_id_is_the_requests_own(at: Triton, pipe: Pipeline) -> None:
+    """As in Triton's `generate` extension, whose server hands it over as a parameter."""
+    request: dict[str, Any] = {"prompt": PROMPT, "fields": {**SMALL, "seed": 1}}
+    found = at.client("draw", stdin=[{**request, "parameters": {"id": "mine"}}] * 2)
+    assert [one.get("pictures") for one in found] == [alone(pipe, request)] * 2, found
+
+
+def _run(name: str, *words: str | Path) -> str:
+    """What an example prints, as it is said to be called."""
+    program = [PYTHON, ROOT / "examples" / f"{name}.py", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_examples_of_clients(at: Triton, pipe: Pipeline, tmp_path: Path) -> None:
+    fields = [f"{name}={value}" for name, value in {**SMALL, "num_inference_steps": 20, "seed": 7}.items()]
+    one, other = tmp_path / "http.png", tmp_path / "grpc.png"
+    told = [
+        _run("triton_http", f"127.0.0.1:{at.http}", PROMPT, one, *fields),
+        _run("triton_grpc", f"127.0.0.1:{at.grpc}", PROMPT, other, *fields),
+    ]
+    assert all(re.match(r"step \d+ of 20\n", text) for text in told), told
+    wanted = pipe(PROMPT, width=64, height=64, num_inference_steps=20, seed=7)
+    assert one.read_bytes() == wanted.to_bytes("png")
+    np.testing.assert_array_equal(np.asarray(Image.open(other)), np.asarray(wanted.images[0]))
+
+
+@pytest.mark.parametrize("name", ["triton_http", "triton_grpc"])
+def test_examples_say_what_is_wrong(at: Triton, name: str) -> None:
+    address = f"127.0.0.1:{at.http if name == 'triton_http' else at.grpc}"
+    for field, words in (("width=60", "width is 60"), ("stepz=4", "there is no parameter 'stepz'")):
+        with pytest.raises(AssertionError, match=words):
+            _run(name, address, PROMPT, "none.png", field)
 
 
 def test_who_leaves_is_not_drawn_for(at: Triton, pipe: Pipeline) -> None:
