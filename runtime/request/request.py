@@ -22,6 +22,7 @@ from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
 from ..sampling.samplers import count_steps, make_span
+from ..sampling.step_lists import list_of_model
 from ..sampling.table import Table
 from .inputs import INPUTS, Input, describe_inputs, read_mask
 from .parameters import (
@@ -193,11 +194,7 @@ def make_request(
         ),
         "guidance_scale": scale,
         "guided": scale > 1 and "timestep_cond" not in manifest.vectors,
-        "sampler": replace(
-            resolve(defaults.sampler if values["sampler"] is None else values["sampler"], manifest.scheduler),
-            eta=values["eta"],
-            grid_share=_grid_share(manifest, source),
-        ),
+        "sampler": _sampler(manifest, values, source),
         "sizes": make_size_conditions(manifest, values, height, width),
         "latents": values["latents"],
         "source": source,
@@ -347,6 +344,13 @@ def _size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, int]:
     if values["tile"] is not None:  # a tile too small is refused before anything is drawn
         tile_stride(values["tile"], manifest.latent_scale)
     return height, width
+
+
+def _sampler(manifest: Manifest, values: Mapping[str, Any], source: Source | None) -> SamplerConfig:
+    spelled = manifest.defaults.sampler if values["sampler"] is None else values["sampler"]
+    step_list = list_of_model(manifest.vectors, manifest.time_ids)
+    config = resolve(spelled, manifest.scheduler, step_list)
+    return replace(config, eta=values["eta"], grid_share=_grid_share(manifest, source))
 
 
 def _grid_share(manifest: Manifest, source: Source | None) -> float:
