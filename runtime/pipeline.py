@@ -692,7 +692,7 @@ class Pipeline:
             vectors=conditioning.vectors,
             table=table,
             guided=request.guided,
-            guidance_scale=request.guidance_scale,
+            guidance_scales=request.guidance_scales(),
             guidance_rescale=request.guidance_rescale,
             noise=noise,
             **vars(start),

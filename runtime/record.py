@@ -118,7 +118,7 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
         NEGATIVE_PROMPT: written(request.negative_prompts[index]),
         "Steps": first["num_inference_steps"] if first else request.num_inference_steps,
         **a1111_fields(request.sampler, request.num_inference_steps, custom=custom),
-        "CFG scale": request.guidance_scale,
+        "CFG scale": _one_weight(request.guidance_scale),
         "Seed": request.seeds[index],
         "Size": f"{first['width']}x{first['height']}" if first else size,
         "Model": producer.get("base") or producer["model"],
@@ -329,6 +329,6 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
     )
 
 
-def _one_weight(strength: object) -> object:
-    """A number; strengths of blocks have no place there."""
-    return None if isinstance(strength, Mapping) else strength
+def _one_weight(strength: Any) -> Any:
+    """A number; strengths of blocks, and scales of steps, have no place there."""
+    return None if isinstance(strength, (Mapping, tuple)) else strength

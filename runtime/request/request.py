@@ -21,11 +21,13 @@ from ..pictures.write import MAX_PIXELS
 from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
-from ..sampling.samplers import count_steps, make_span
+from ..sampling.samplers import SAMPLERS, count_steps, make_span, make_table
 from ..sampling.step_lists import list_of_model
 from ..sampling.table import Table
+from .guidance import OFF, RunRows, scales_of_rows
 from .inputs import INPUTS, Input, describe_inputs, read_mask
 from .parameters import (
+    GUIDED,
     PARAMETERS,
     CallParameters,
     OutputType,
@@ -75,8 +77,9 @@ class Request:
         prompts, negative_prompts: N texts each; a negative one that was not given is None.
         prompts_2, negative_prompts_2: N texts each for a second text encoder; None is the first one's.
         seeds: N seeds; each picture has a generator of its own, so it does not depend on its batch.
-        guided: whether the UNet sees unconditional rows too: at a scale of 1 they cancel, below it is off as
-            in diffusers, and models that take the scale as an input have none.
+        guidance_scale: one of all steps, or one of each.
+        guided: whether the UNet sees unconditional rows too, in any step: at a scale of 1 they cancel, below
+            it is off as in diffusers, and models that take the scale as an input have none.
         latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
         source: the pictures it starts from, if it does.
         sizes: SDXL's conditions; empty for models without.
@@ -104,7 +107,8 @@ class Request:
     num_inference_steps: int
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
-    guidance_scale: float
+    guidance_scale: float | tuple[float, ...]
+    guidance_interval: tuple[float, float] | None
     guidance_rescale: float
     rng: Rng
     denoising_start: float | None
@@ -148,6 +152,22 @@ class Request:
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
         )
+
+    def guidance_scales(self) -> Array:
+        """(S,) float32: the scale of each row of `table`. Raises UsageError for another number than steps."""
+        to_end = replace(self, denoising_end=None)
+        whole = make_table(
+            self.sampler, self.num_inference_steps, timesteps=self.timesteps, sigmas=self.sigmas
+        )
+        rows = RunRows(
+            count=len(self.table()),
+            to_end=len(to_end.table()),
+            whole=len(whole),
+            calls=SAMPLERS[self.sampler.name].calls,
+            steps=self.num_inference_steps,
+            continues=self.denoising_start is not None,
+        )
+        return scales_of_rows(self.guidance_scale, self.guidance_interval, rows)
 
 
 def make_request(
@@ -193,7 +213,7 @@ def make_request(
             values["sigmas"],
         ),
         "guidance_scale": scale,
-        "guided": scale > 1 and "timestep_cond" not in manifest.vectors,
+        "guided": np.max(scale) > OFF and GUIDED.fits(manifest),
         "sampler": _sampler(manifest, values, source),
         "sizes": make_size_conditions(manifest, values, height, width),
         "latents": values["latents"],

@@ -99,6 +99,12 @@ def _check_custom(config: SamplerConfig, timesteps: Custom, sigmas: Custom) -> N
             expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
             fix="Drop timesteps, or choose one of these samplers.",
         )
+    if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
+        raise SamplerError(
+            f"custom timesteps for {config.name} of a model that is told log(sigma) / 4 as its timestep",
+            expected="sigmas",
+            fix="Pass sigmas in place of timesteps.",
+        )
     _check_order("timesteps", timesteps, config.noise.num_train_timesteps - 1)
 
 

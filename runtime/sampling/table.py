@@ -153,8 +153,12 @@ class Table:
             for t, p, q, a, b, c, draws, keep in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def packed_rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
+    def packed_rows(self, guidance_scales: Array, guidance_rescale: float) -> Array:
         """The rows as the net `step_masked` takes them; `step` takes the first `len(ROW)` numbers of each.
+
+        Args:
+            guidance_scales: (N,) of each row.
+            guidance_rescale: of all rows.
 
         Returns:
             (N, len(MASKED_ROW)) float32, guidance included.
@@ -165,7 +169,7 @@ class Table:
         values |= {f"b{j}": self.b[:, j] for j in range(self.history)}
         for name, column in values.items():
             rows[:, ROW.index(name)] = column
-        rows[:, ROW.index("guidance_scale")] = guidance_scale
+        rows[:, ROW.index("guidance_scale")] = guidance_scales
         rows[:, ROW.index("guidance_rescale")] = guidance_rescale
         return rows
 

@@ -22,6 +22,7 @@ from ..controls.image_prompt import ImagePrompt
 from ..controls.preparations import find_preparation
 from ..loop.job import Loop, SteeringJob
 from ..record import STEERED_BY
+from ..request.guidance import OFF
 from ..request.request import Request
 from .controlnet import SteeredByNet
 from .ip_adapter import Prompted, image_prompt_job
@@ -194,6 +195,7 @@ class LoadedControls:
             steps=len(request.table()),
             schedule=len(replace(request, denoising_end=None).table()),
             guided=request.guided,
+            guided_calls=request.guidance_scales() > OFF,
             height=request.height,
             width=request.width,
             pictures=len(request.prompts),

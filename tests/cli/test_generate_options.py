@@ -37,6 +37,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--timesteps": (["900,500.5"], "timesteps", [900.0, 500.5]),
     "--sigmas": (["14.6,0"], "sigmas", [14.6, 0.0]),
     "--guidance-scale": (["4.5"], "guidance_scale", 4.5),
+    "--guidance-interval": (["0.25,0.75"], "guidance_interval", [0.25, 0.75]),
     "--guidance-rescale": (["0.5"], "guidance_rescale", 0.5),
     "--sampler": (["Euler a"], "sampler", "Euler a"),
     "--eta": (["0.25"], "eta", 0.25),

@@ -11,7 +11,6 @@ from latentrt.runtime.sampling.a1111 import a1111_fields, spelled_by_a1111
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
 from latentrt.runtime.sampling.step_lists import list_of_model, listed_timesteps
-from tests.parity_pair import BAR, PROMPTS, Pair, drawn, exported, ours, psnr
 from tests.runtime.diffusers_oracle import CLASSES, NUMPY2, SD, check, make_scheduler, set_steps
 
 pytestmark = [
@@ -97,20 +96,3 @@ def test_spellings_of_automatic1111() -> None:
     assert resolve(spelled_by_a1111(fields), SD, "ays_sd") == config
     theirs = {"Sampler": "Euler", "Schedule type": "Align Your Steps"}
     assert resolve(spelled_by_a1111(theirs), SD, "ays_sd") == resolve("euler_ays", SD, "ays_sd")
-
-
-@pytest.mark.parametrize(
-    ("recipe", "kind"),
-    [("tiny2", "StableDiffusionPipeline"), ("xl-tiny", "StableDiffusionXLPipeline")],
-)
-def test_a_picture_is_that_of_diffusers(
-    recipe: str, kind: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    pair = Pair(exported(tmp_path_factory, recipe))
-    parameters = {"prompt": PROMPTS[0], "guidance_scale": 5.0, "height": 40, "width": 56}
-    timesteps = AysSchedules["StableDiffusionXLTimesteps" if "XL" in kind else "StableDiffusionTimesteps"]
-    for name in ("dpmpp_2m", "euler"):
-        scheduler, options = CLASSES[name]
-        wanted = drawn(pair.reference(kind, scheduler, **options), [3], timesteps=timesteps, **parameters)
-        found = ours(pair.ours, [3], sampler=f"{name}_ays", num_inference_steps=10, **parameters)
-        assert psnr(wanted, found) >= BAR, name
