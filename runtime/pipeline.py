@@ -673,7 +673,7 @@ class Pipeline:
             What a result has for images, and what made them.
         """
         manifest = self.package.manifest
-        noise, table = NoiseSource(request.seeds, request.rng), request.table()  # a row for each UNet call
+        noise, table = NoiseSource(request.seeds, request.rng), request.schedule()  # a row for each UNet call
 
         # tokens -> context (P, T, D), each different text once, and what joins the time embedding
         with clock.stage("text_encoder"):

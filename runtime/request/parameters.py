@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
 
 from ...engines.errors import UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..controls.control import Control
     from ..controls.image_prompt import ImagePrompt
     from ..pictures.read import ImageSource
+    from ..sampling.table import Table
 
 Texts = str | Sequence[str]  # one for all prompts, or one for each
 PromptSyntaxName = Literal["a1111", "comfyui", "plain"]
@@ -544,6 +546,11 @@ class Parameters(TypedDict, total=False):
         kind=levels(1), excludes=("sigmas",))]
     sigmas: Annotated[Sequence[float] | None, Parameter(
         help="Descending sigmas with a final 0, in place of Euler's own.", kind=levels(2))]
+    table: Annotated["str | PathLike[str] | Table | None", Parameter(
+        help="A table, as `latentrt inspect --sampler NAME --json` prints it, in place of a sampler.",
+        kind=Kind(metavar="FILE"),
+        excludes=("num_inference_steps", "timesteps", "sigmas", "sampler", "eta", "strength",
+                  "denoising_start", "denoising_end"))]
     guidance_scale: Annotated[float | Sequence[float] | None, Parameter(
         help="1 or less is off; a list has one for each step. Default: the model's.",
         kind=GUIDANCE, flags=("--guidance-scale", "--cfg-scale"))]

@@ -192,8 +192,8 @@ class LoadedControls:
         if not request.controls:
             return SteeringJob(), {}
         rows = Rows(
-            steps=len(request.table()),
-            schedule=len(replace(request, denoising_end=None).table()),
+            steps=len(request.schedule()),
+            schedule=len(replace(request, denoising_end=None).schedule()),
             guided=request.guided,
             guided_calls=request.guidance_scales() > OFF,
             height=request.height,

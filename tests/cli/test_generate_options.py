@@ -36,6 +36,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--steps": (["7"], "num_inference_steps", 7),
     "--timesteps": (["900,500.5"], "timesteps", [900.0, 500.5]),
     "--sigmas": (["14.6,0"], "sigmas", [14.6, 0.0]),
+    "--table": (["own.json"], "table", "own.json"),
     "--guidance-scale": (["4.5"], "guidance_scale", 4.5),
     "--guidance-interval": (["0.25,0.75"], "guidance_interval", [0.25, 0.75]),
     "--guidance-rescale": (["0.5"], "guidance_rescale", 0.5),
