@@ -286,6 +286,31 @@ def parity(call: Call) -> _Measure:
 
 
 @_command(
+    "steps",
+    *("threads", "out", "as_json"),
+    prompts=_option(int, 100, "How many of the demo's held-out prompts.", least=1),
+    calls=_option(str, "4,5,6,8,10,12,15,20,30", "Of the UNet for a picture, with commas."),
+    samplers=_option(str, "", "With commas, as in the document. Default: all of them."),
+)
+def steps(**options: Any) -> None:
+    """How right the demo's pictures are after so many calls of the UNet, and how near the end of the path."""
+    from ..benchmarks.sides.contract import Task
+    from ..benchmarks.verbs.steps import VARIANTS, Inputs, measure_steps
+    from ..engines.processors import thread_count
+    from ..runtime.pipeline import Pipeline
+
+    threads = None if options["threads"] is None else thread_count(options["threads"])
+    inputs = Inputs(
+        prompts=options["prompts"],
+        calls=tuple(counts(options["calls"], "--calls")),
+        variants=tuple(listed(options["samplers"], VARIANTS)) or tuple(VARIANTS),
+    )
+    with Pipeline.open("demo", backend="onnxruntime", device="cpu", threads=threads) as pipe:
+        task = Task(model=pipe.package.root, backend="onnxruntime", threads=threads, device="cpu")
+        _show(options, partial(measure_steps, pipe, task, inputs))
+
+
+@_command(
     "opening",
     *("threads", "out", "as_json"),
     checkpoint=(Annotated[Path, Argument(help="A checkpoint's file, or for some ways a folder.")], ...),
@@ -521,14 +546,14 @@ def listed(text: str, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def counts(text: str) -> tuple[int, ...]:
+def counts(text: str, option: str = "--batches") -> tuple[int, ...]:
     """Numbers of at least 1 in a list with commas. Raises UsageError for anything else."""
     from ..engines.errors import UsageError
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(
-            f"the batches are {text!r}", expected="numbers with commas between", fix="Say: --batches 1,2,4,8."
+            f"{option} is {text!r}", expected="numbers with commas between", fix=f"Say: {option} 1,2,4,8."
         )
     return tuple(map(int, parts))
 

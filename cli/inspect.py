@@ -14,7 +14,7 @@ from .shown import show, show_lines
 if TYPE_CHECKING:
     from ..checkpoints.files.open import Checkpoint
     from ..checkpoints.files.report import Report
-    from ..engines.package import Package
+    from ..engines.package import Manifest, Package
 
 
 def inspect(
@@ -47,7 +47,7 @@ def inspect(
         opened.verify()
         opened.check_weights()
     if sampler is not None:
-        return _print_table(opened.manifest.scheduler, sampler, steps, as_json=as_json)
+        return _print_table(opened.manifest, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)
 
 
@@ -59,7 +59,7 @@ def _inspect_other(path: Path, sampler: str | None, steps: int, *, verify: bool,
     if verify:
         check_weights(path)
     if sampler is not None:
-        return _print_table(Checkpoint.open(path).scheduler, sampler, steps, as_json=as_json)
+        return _print_table(Checkpoint.open(path), sampler, steps, as_json=as_json)
     return _print_report(_with_notes(report(path, _check)), as_json=as_json)
 
 
@@ -137,11 +137,13 @@ def _print_samplers(*, as_json: bool) -> None:
     print(json.dumps(names) if as_json else "\n".join(f"{name:<{width}}  {names[name]}" for name in names))
 
 
-def _print_table(scheduler: Mapping[str, Any], sampler: str, steps: int, *, as_json: bool) -> None:
+def _print_table(model: Manifest | Checkpoint, sampler: str, steps: int, *, as_json: bool) -> None:
     from ..runtime.sampling.names import resolve
     from ..runtime.sampling.samplers import make_table
+    from ..runtime.sampling.step_lists import list_of_model
 
-    table = make_table(resolve(sampler, scheduler), steps)
+    step_list = list_of_model(model.vectors, model.time_ids)
+    table = make_table(resolve(sampler, model.scheduler, step_list), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _time_ids(request: Request, manifest: Manifest, source: NoiseSource, call: C
 
 def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, call: CallNet) -> Array:
     """(B, width) float32."""
-    row = guidance_embedding(request.guidance_scale, manifest.vectors["timestep_cond"])
+    row = guidance_embedding(cast(float, request.guidance_scale), manifest.vectors["timestep_cond"])
     return np.repeat(row[None], len(request.prompts), axis=0)
 
 

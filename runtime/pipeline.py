@@ -673,7 +673,7 @@ class Pipeline:
             What a result has for images, and what made them.
         """
         manifest = self.package.manifest
-        noise, table = NoiseSource(request.seeds, request.rng), request.table()  # a row for each UNet call
+        noise, table = NoiseSource(request.seeds, request.rng), request.schedule()  # a row for each UNet call
 
         # tokens -> context (P, T, D), each different text once, and what joins the time embedding
         with clock.stage("text_encoder"):
@@ -692,7 +692,7 @@ class Pipeline:
             vectors=conditioning.vectors,
             table=table,
             guided=request.guided,
-            guidance_scale=request.guidance_scale,
+            guidance_scales=request.guidance_scales(),
             guidance_rescale=request.guidance_rescale,
             noise=noise,
             **vars(start),

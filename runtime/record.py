@@ -44,8 +44,8 @@ _BRACKETS = {
 def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> dict[str, Any]:
     """How picture `index` was made, as JSON: `producer`, and every parameter that is not its default.
 
-    `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
-    passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
+    `image`, `mask_image`, `latents` and `table` are {"name", "sha256"} (`request.inputs.Input`); other values
+    can be passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
     {"name", "sha256"} of those that its texts call, and "adapter", the name of the one that brought it along.
     `steered_by` has the controls: net, sha256, {"name", "sha256"} of its pictures, and how much it counts.
     """
@@ -56,7 +56,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         "prompt_syntax": request.prompt_syntax,
         "seed": request.seeds[index],
         "rng": request.rng,
-        "sampler": _sampler_record(request.sampler),
+        "sampler": _sampler_record(request.sampler) if request.table is None else request.table.name,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "guidance_rescale": request.guidance_rescale,
@@ -110,15 +110,14 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
 
     tags = [tag for name, strength in producer.get("loras", ()) if (tag := tag_text(name, strength))]
     masked = request.source if isinstance(request.source, Masked) else None
-    custom = request.timesteps is not None or request.sigmas is not None
     first = producer.get(BEGAN_AS)
     size = f"{request.width}x{request.height}"
     return {
         PROMPT: " ".join(filter(None, (written(request.prompts[index]), *tags))),
         NEGATIVE_PROMPT: written(request.negative_prompts[index]),
         "Steps": first["num_inference_steps"] if first else request.num_inference_steps,
-        **a1111_fields(request.sampler, request.num_inference_steps, custom=custom),
-        "CFG scale": request.guidance_scale,
+        **_sampler_text(request),
+        "CFG scale": _one_weight(request.guidance_scale),
         "Seed": request.seeds[index],
         "Size": f"{first['width']}x{first['height']}" if first else size,
         "Model": producer.get("base") or producer["model"],
@@ -136,6 +135,13 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
         **{f"ControlNet {n}": _control_text(one) for n, one in enumerate(producer.get(STEERED_BY, ()))},
         "Version": f"latentrt {producer['latentrt']}",
     }
+
+
+def _sampler_text(request: Request) -> Mapping[str, Value]:
+    if request.table is not None:
+        return {"Sampler": request.table.name, "Schedule type": "table"}
+    custom = request.timesteps is not None or request.sigmas is not None
+    return a1111_fields(request.sampler, request.num_inference_steps, custom=custom)
 
 
 def _lora_hashes(adapters: Mapping[str, Mapping[str, str]]) -> str | None:
@@ -215,8 +221,10 @@ class Recorded:
 def read_record(record: Mapping[str, Any]) -> Recorded:
     """The parameters of our own record."""
     found = {name: record[name] for name in PARAMETERS if record.get(name) is not None}
-    if "timesteps" in found or "sigmas" in found:
-        found.pop("num_inference_steps", None)  # as many as there are levels
+    if {"timesteps", "sigmas", "table"} & found.keys():
+        found.pop("num_inference_steps", None)  # as many as there are levels, or rows
+    if "table" in found:
+        found.pop("sampler", None)
     if "upscale" in found:
         found = {name: value for name, value in found.items() if name not in ("height", "width")}
     inputs = {name: found.pop(name) for name in INPUTS if name in found}
@@ -329,6 +337,6 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
     )
 
 
-def _one_weight(strength: object) -> object:
-    """A number; strengths of blocks have no place there."""
-    return None if isinstance(strength, Mapping) else strength
+def _one_weight(strength: Any) -> Any:
+    """A number; strengths of blocks, and scales of steps, have no place there."""
+    return None if isinstance(strength, (Mapping, tuple)) else strength

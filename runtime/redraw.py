@@ -22,6 +22,7 @@ from .request.inputs import INPUTS, Input, find_input
 from .request.parameters import PARAMETERS, CallParameters, check_loras
 from .result import Result
 from .sampling.names import resolve
+from .sampling.step_lists import list_of_model
 from .second_pass import DIFFERENT, after, enlarged_for
 
 if TYPE_CHECKING:
@@ -234,7 +235,9 @@ def _of_text(
         f"{LORA_HASHES}: {name}, which no <lora:{name}:…> of the prompt names" for name in found.untagged
     ]
     try:
-        resolve(parameters.get("sampler"), pipe.package.manifest.scheduler)
+        manifest = pipe.package.manifest
+        step_list = list_of_model(manifest.vectors, manifest.time_ids)
+        resolve(parameters.get("sampler"), manifest.scheduler, step_list)
     except SamplerError:
         left.append(f"Sampler: {parameters.pop('sampler')}")
     if left:

@@ -29,8 +29,9 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "priority": {"type": "integer", "minimum": -10, "maximum": 10, "default": 0},
     "timeout_s": {"type": "number", "minimum": 0.001, "maximum": 86400},
 }
-# What a network has no form for: the output's is `output`, noise is the seed's, and pictures are no latents.
-LEFT_OUT = frozenset({"output_type", "latents", "denoising_start"})
+# What a network has no form for: the output's is `output`, noise is the seed's, pictures are no latents, and
+# no request names a file.
+LEFT_OUT = frozenset({"output_type", "latents", "denoising_start", "table"})
 _PICTURE = {"type": "string", "contentEncoding": "base64"}
 _SEEDS = {"type": "integer", "minimum": -1, "maximum": 2**64 - 1}
 _OUTPUT: dict[str, Any] = {

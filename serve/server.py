@@ -145,7 +145,7 @@ class Server:
         work = Work(
             width=passes[-1].width,  # a first pass counts as if it were as large as the last
             height=passes[-1].height,
-            steps=max(1, sum(len(each.table()) for each in passes)),
+            steps=max(1, sum(len(each.schedule()) for each in passes)),
             pictures=len(order.seeds),
             input_bytes=order.input_bytes,
         )

@@ -106,7 +106,7 @@ class Worker:
         drawn: Result[Any] = cast("Any", self.pipe)(**least)
         request = drawn.request
         self.defaults = defaults_of(self.pipe)
-        count = len(request.table())
+        count = len(request.schedule())
         self._pace.feed(count, request.width * request.height * count, perf_counter() - began)
         steps.close()
 

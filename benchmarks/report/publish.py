@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,12 +12,17 @@ from typing import Any
 from ...engines.errors import UsageError
 from ..records import write_whole
 from .figures import DIGEST, Draw, house_style, plan_ratios, plan_roofline, plan_waterfall
-from .reading import Result, cases, read_results
+from .reading import Case, Result, cases, read_results
+from .step_figures import plan_accuracy, plan_distance
 from .tables import full_tables, short_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"
-_PLANS = {"waterfall": plan_waterfall, "peers": plan_ratios, "roofline": plan_roofline}
+# By verb: a figure's name, and what plans it.
+_PLANS: Mapping[str, Mapping[str, Callable[[Result, Case], Draw | None]]] = {
+    "latency": {"waterfall": plan_waterfall, "peers": plan_ratios, "roofline": plan_roofline},
+    "steps": {"accuracy": plan_accuracy, "distance": plan_distance},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ def planned_figures(result: Result) -> dict[str, Draw]:
     Those of a second case are called `…-2.png`.
     """
     planned: dict[str, Draw] = {}
-    for kind, plan in _PLANS.items() if result.document.benchmark == "latency" else ():
+    for kind, plan in _PLANS.get(result.document.benchmark, {}).items():
         for number, case in enumerate(cases(result.document), start=1):
             if draw := plan(result, case):
                 planned[f"{result.name}-{kind}{f'-{number}' if number > 1 else ''}.png"] = draw

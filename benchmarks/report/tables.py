@@ -19,6 +19,7 @@ from ..verbs.controls import IDLE, IN_USE, OUR_CALL, OUR_STEP, WITH_ONE
 from ..verbs.hosts import ASKED, AT_ONCE
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.serve import BATCHED, MIXED, ONE_BY_ONE, SIMULATED
+from ..verbs.steps import REFERENCE_ROW
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from .reading import (
     Against,
@@ -37,7 +38,13 @@ from .reading import (
 Lines = Iterator[tuple[str, str]]
 _AXES = {"steps": (1, "step"), "batch": (1, "picture"), "pixels": (1e6, "megapixel")}
 _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out"}
-_FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against peers", "roofline": "roofline"}
+_FIGURES = {
+    "waterfall": "one picture, stage by stage",
+    "peers": "ours against peers",
+    "roofline": "roofline",
+    "accuracy": "right pictures over calls",
+    "distance": "distance over calls",
+}
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
 _SHORT = (
@@ -629,6 +636,25 @@ def _under_load(document: Document) -> Lines:
         yield f"mixed requests at load {highest:g}, latency p50 [p99]", ", ".join(times)
 
 
+def _calls(document: Document) -> Lines:
+    """The samplers whose pictures are most often right after so many calls, and the nearest one."""
+    rows = [row for row in document.select(side=OURS) if row.rounds]
+    drawn = [row for row in rows if row.workload != REFERENCE_ROW]
+    for calls in document.settings["calls"]:
+        there = [row for row in drawn if row.figures["calls"] == calls]
+        if not there:
+            continue
+        best = sorted(there, key=lambda row: -row.figures["strict"])[:3]
+        nearest = min(there, key=lambda row: row.summary["p50"])
+        shares = ", ".join(f"{row.workload} {words.percent(row.figures['strict'])}" for row in best)
+        near = f"nearest {nearest.workload}, relative L2 {nearest.summary['p50']:.3f}"
+        yield f"pictures that are right after {calls} calls", f"{shares}; {near}"
+    for row in rows:
+        if row.workload == REFERENCE_ROW:
+            right = words.percent(row.figures["strict"])
+            yield f"pictures that are right after {row.figures['calls']} calls", right
+
+
 # In the order in which documents are shown.
 _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "latency": _outside,
@@ -642,5 +668,6 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "hosts": _over_http,
     "build": _build,
     "parity": _parity,
+    "steps": _calls,
     "export": _export,
 }

@@ -124,10 +124,13 @@ class UNetCalls:
             yield (call := self._of_window(latent, row, number, window))
             parts.append(call.prediction)
         prediction = blend(self._windows, parts)
-        return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
+        return guide(prediction, job.guidance_scales[row], job.guidance_rescale, job.guided_at(row))
 
     def _of_window(self, latent: Array, row: int, number: int, window: Window) -> UNetCall:
-        """The call for a window of the state; it predicts (B, C, h, w). Raises CancelledError."""
+        """The call for a window of the state. Raises CancelledError.
+
+        It predicts (B, C, h, w); (N, C, h, w) at a row that is not guided.
+        """
         check = partial(self._stop.check, f"before step {row + 1} of {len(self._job.table)}")
         check()
         batch = narrow(guided_batch(window.of(latent), self._job.guided), self._dtype)  # (B, C, h, w)
@@ -141,6 +144,8 @@ class UNetCalls:
         if self._controls:
             with self._clock.stage("controls"):
                 inputs |= self._controls[number].inputs(batch, row)
+        if self._job.guided and not self._job.guided_at(row):
+            inputs = conditional_rows(inputs, self._job.pictures)
         return UNetCall(run=self._run, inputs=inputs, clock=self._clock, check=check)
 
 
@@ -334,6 +339,11 @@ class HostLoop:
 def guided_batch(rows: Array, guided: bool) -> Array:
     """(N, …) -> (B, …): the UNet's rows, with guidance each picture twice (unconditional rows first)."""
     return np.concatenate([rows, rows]) if guided else rows
+
+
+def conditional_rows(inputs: Mapping[str, Array], pictures: int) -> dict[str, Array]:
+    """The last N rows of a guided call's inputs, (2N, …) each; what older packages have once stays."""
+    return {name: value[pictures:] if len(value) == 2 * pictures else value for name, value in inputs.items()}
 
 
 def guide(prediction: Array, scale: float, rescale: float, guided: bool) -> Array:

@@ -172,7 +172,9 @@ class DenoiseJob:
         text_of_row: (B,) the index of each UNet row's text, unconditional rows first.
         table: the rows that are run.
         guided: whether half of the UNet rows are unconditional.
-        guidance_scale, guidance_rescale: see `denoise.guide`.
+        guidance_scales: (S,) float32, of each row of the table. At 1 the unconditional rows are of no use,
+            and the host leaves them out.
+        guidance_rescale: see `denoise.guide`.
         first: (N, C, H/8, W/8) float32, the variance-preserving state that enters the first row.
         noise: draws the noise that rows add; each attempt at the job works on a fork of it.
         vectors: (B, width) float32 by name (`spec.VECTORS`), added to the time embedding.
@@ -187,7 +189,7 @@ class DenoiseJob:
     text_of_row: tuple[int, ...]
     table: Table
     guided: bool
-    guidance_scale: float
+    guidance_scales: Array
     guidance_rescale: float
     first: Array
     noise: NoiseSource
@@ -208,6 +210,10 @@ class DenoiseJob:
             windows=None,
             steering=self.steering.within(window, self.first.shape[-1]),
         )
+
+    def guided_at(self, row: int) -> bool:
+        """Whether a row of the table needs the unconditional rows of the UNet."""
+        return self.guided and float(self.guidance_scales[row]) != 1
 
     @property
     def pictures(self) -> int:

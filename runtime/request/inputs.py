@@ -1,4 +1,4 @@
-"""The pictures and latents that a request starts from: their names and hashes, and finding them again.
+"""The pictures, latents and tables that a request starts from: names, hashes, and finding them again.
 
 Hashes are of decoded pixels, so any lossless copy of a picture is the same input.
 """
@@ -18,8 +18,10 @@ import numpy as np
 from ...engines.errors import UsageError
 from ...engines.spec import Array
 from ..pictures.read import read_image, read_latents
+from ..sampling.table import Table
+from ..sampling.table_file import read_table, table_sha256
 
-INPUTS = ("image", "mask_image", "latents")
+INPUTS = ("image", "mask_image", "latents", "table")
 _BACKGROUNDS = {"image": 255, "mask_image": 0}  # of what is transparent, see `read_image`
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 _MOST_FILES = 1000  # of a folder that are looked at
@@ -40,8 +42,10 @@ class Input:
 Inputs = Mapping[str, tuple[Input, ...]]
 
 
-def fingerprint(values: Array) -> str:
-    """The sha256 (hex) of an array with its shape; floats count as float32."""
+def fingerprint(values: Array | Table) -> str:
+    """The sha256 (hex) of an array with its shape, whose floats count as float32; or of a table."""
+    if isinstance(values, Table):
+        return table_sha256(values)
     values = np.asarray(values, np.float32) if values.dtype.kind == "f" else values
     digest = hashlib.sha256(f"{values.dtype}{values.shape}".encode())
     digest.update(np.ascontiguousarray(values).data)
@@ -65,7 +69,7 @@ def describe_inputs(passed: Mapping[str, Any], loaded: Mapping[str, Any]) -> Inp
     found: dict[str, tuple[Input, ...]] = {}
     for name in INPUTS:
         if (values := loaded[name]) is not None:
-            rows = [values] if name == "mask_image" else _rows(values)
+            rows = [values] if name in ("mask_image", "table") else _rows(values)
             names = _names(passed[name], len(rows))
             pairs = zip(names, rows, strict=True)
             found[name] = tuple(Input(name=file, sha256=fingerprint(row)) for file, row in pairs)
@@ -96,11 +100,11 @@ def _name(passed: Any) -> str | None:
     return Path(cast(str, file)).name or None if isinstance(file, (str, os.PathLike)) else None
 
 
-def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | None) -> Array:
+def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | None) -> Array | Table:
     """The input of that hash: what was given, else a file of the folder.
 
     Returns:
-        (H, W, 3) uint8 of a picture, or latents (1, C, H/8, W/8).
+        (H, W, 3) uint8 of a picture, latents (1, C, H/8, W/8), or a table.
 
     Raises:
         UsageError: it is not there, or what was given is another one.
@@ -116,7 +120,7 @@ def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | 
             expected=f"{called}sha256 {wanted['sha256']}",
             fix="Pass that one, or draw a new picture without redrawing an old one.",
         )
-    for path in _candidates(folder, wanted.get("name")):
+    for path in _candidates(folder, wanted.get("name"), (".json",) if name == "table" else _SUFFIXES):
         try:
             rows = _read(name, path)
         except (UsageError, ValueError):  # what cannot be read is not it
@@ -131,18 +135,20 @@ def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | 
     )
 
 
-def _candidates(folder: Path | None, name: str | None) -> Iterator[Path]:
-    """The file of that name first, then the other pictures and latents of the folder."""
+def _candidates(folder: Path | None, name: str | None, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The file of that name first, then the others of the folder that may be one."""
     if folder is None:
         return
     if name and (folder / Path(name).name).is_file():
         yield folder / Path(name).name
-    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES)
+    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes)
     yield from islice(files, _MOST_FILES)
 
 
-def _read(name: str, source: Any) -> list[Array]:
+def _read(name: str, source: Any) -> list[Any]:
     """Every input that a file or a value holds. Raises UsageError or ValueError."""
+    if name == "table":
+        return [read_table(source)]
     if isinstance(source, (str, Path)) and str(source).endswith(".npy"):
         source = read_latents(source)
     if isinstance(source, np.ndarray) and source.ndim == 4 and cast(Array, source).dtype.kind == "f":

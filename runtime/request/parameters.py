@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
 
 from ...engines.errors import UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..controls.control import Control
     from ..controls.image_prompt import ImagePrompt
     from ..pictures.read import ImageSource
+    from ..sampling.table import Table
 
 Texts = str | Sequence[str]  # one for all prompts, or one for each
 PromptSyntaxName = Literal["a1111", "comfyui", "plain"]
@@ -32,6 +34,7 @@ OutputType = Literal["pil", "np", "float", "latent"]
 
 
 LONGEST_SIDE = 16384  # of a picture, in pixels
+_MOST_GUIDANCE = 1000.0
 
 Bound = int | Callable[["Manifest"], int]  # of every model, or of one
 
@@ -117,6 +120,50 @@ def number(low: float, high: float, metavar: str | None = None) -> Kind:
         metavar=metavar,
         schema=lambda manifest: {"type": "number", "minimum": low, "maximum": high},
     )
+
+
+def _takes_unconditional_rows(manifest: "Manifest") -> bool:
+    return "timestep_cond" not in manifest.vectors
+
+
+def _check_guidance(name: str, value: Any, manifest: "Manifest") -> float | tuple[float, ...]:
+    """A scale, or a list of one for each step."""
+    several = items(value)
+    if several is None:
+        return check_number(name, value, 0.0, _MOST_GUIDANCE)
+    if not several or not _takes_unconditional_rows(manifest):
+        raise UsageError(
+            f"{name} is {value!r:.100}",
+            expected="one number, or with most models one for each step",
+            fix=f"Pass {name} as a number.",
+        )
+    return tuple(check_number(name, one, 0.0, _MOST_GUIDANCE) for one in several)
+
+
+def _guidance_schema(manifest: "Manifest") -> dict[str, Any]:
+    number = {"minimum": 0.0, "maximum": _MOST_GUIDANCE}
+    if not _takes_unconditional_rows(manifest):
+        return {"type": "number", **number}
+    return {"type": ["number", "array"], **number, "items": {"type": "number", **number}, "minItems": 1}
+
+
+def _read_guidance(text: str) -> float | list[float]:
+    found = [float(part) for part in text.split(",")]
+    return found[0] if len(found) == 1 else found
+
+
+def _check_interval(name: str, value: Any, manifest: "Manifest") -> tuple[float, float]:
+    found = items(value)
+    if found is None or len(found) != 2:
+        raise UsageError(f"{name} is {value!r:.80}", expected="two shares", fix=f"Pass {name}=(0.1, 0.8).")
+    start, end = (check_number(name, one, 0.0, 1.0) for one in found)
+    if start >= end:
+        raise UsageError(
+            f"{name} begins at {start:g} and ends at {end:g}",
+            expected="a part of the run",
+            fix=f"Pass {name}=(0.1, 0.8).",
+        )
+    return start, end
 
 
 def choice(literal: Any) -> Kind:
@@ -368,6 +415,19 @@ OFFSET = Kind(
     metavar="LEFT,TOP",
     schema=lambda manifest: _pair(0),
 )
+GUIDANCE = Kind(check=_check_guidance, read=_read_guidance, metavar="N[,N…]", schema=_guidance_schema)
+# (start, end) as shares of the run.
+INTERVAL = Kind(
+    check=_check_interval,
+    read=lambda text: [float(part) for part in text.split(",")],
+    metavar="START,END",
+    schema=lambda manifest: {
+        "type": "array",
+        "items": {"type": "number", "minimum": 0.0, "maximum": 1.0},
+        "minItems": 2,
+        "maxItems": 2,
+    },
+)
 # These three are checked where the pictures are counted (request.py, source.py).
 LORAS = Kind(
     check=lambda name, value, _: check_loras(value, name),
@@ -399,6 +459,7 @@ def _two_encoders(manifest: "Manifest") -> bool:
 
 
 TWO_ENCODERS = Need("two text encoders", _two_encoders)
+GUIDED = Need("unconditional rows (of an LCM the scale is an input)", _takes_unconditional_rows)
 VARIES = Need("a picture to vary (unCLIP)", lambda manifest: "class_labels" in manifest.vectors)
 STARTS = Need(
     "a picture to start from (this one varies its picture)", lambda manifest: not VARIES.fits(manifest)
@@ -485,9 +546,17 @@ class Parameters(TypedDict, total=False):
         kind=levels(1), excludes=("sigmas",))]
     sigmas: Annotated[Sequence[float] | None, Parameter(
         help="Descending sigmas with a final 0, in place of Euler's own.", kind=levels(2))]
-    guidance_scale: Annotated[float | None, Parameter(
-        help="1 or less is off. Default: the model's.",
-        kind=number(0.0, 1000.0), flags=("--guidance-scale", "--cfg-scale"))]
+    table: Annotated["str | PathLike[str] | Table | None", Parameter(
+        help="A table, as `latentrt inspect --sampler NAME --json` prints it, in place of a sampler.",
+        kind=Kind(metavar="FILE"),
+        excludes=("num_inference_steps", "timesteps", "sigmas", "sampler", "eta", "strength",
+                  "denoising_start", "denoising_end"))]
+    guidance_scale: Annotated[float | Sequence[float] | None, Parameter(
+        help="1 or less is off; a list has one for each step. Default: the model's.",
+        kind=GUIDANCE, flags=("--guidance-scale", "--cfg-scale"))]
+    guidance_interval: Annotated[Sequence[float] | None, Parameter(
+        help="Guide between these shares of the steps alone, which is faster. Default: all of them.",
+        kind=INTERVAL, model=GUIDED)]
     guidance_rescale: Annotated[float, Parameter(
         help="0 (off) to 1, against overexposure (Lin et al. 2023).",
         kind=number(0.0, 1.0), default=0.0)]

@@ -21,10 +21,14 @@ from ..pictures.write import MAX_PIXELS
 from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
-from ..sampling.samplers import count_steps, make_span
+from ..sampling.samplers import SAMPLERS, count_steps, make_span, make_table
+from ..sampling.step_lists import list_of_model
 from ..sampling.table import Table
+from ..sampling.table_file import check_fits, read_table
+from .guidance import OFF, RunRows, scales_of_rows
 from .inputs import INPUTS, Input, describe_inputs, read_mask
 from .parameters import (
+    GUIDED,
     PARAMETERS,
     CallParameters,
     OutputType,
@@ -74,8 +78,9 @@ class Request:
         prompts, negative_prompts: N texts each; a negative one that was not given is None.
         prompts_2, negative_prompts_2: N texts each for a second text encoder; None is the first one's.
         seeds: N seeds; each picture has a generator of its own, so it does not depend on its batch.
-        guided: whether the UNet sees unconditional rows too: at a scale of 1 they cancel, below it is off as
-            in diffusers, and models that take the scale as an input have none.
+        guidance_scale: one of all steps, or one of each.
+        guided: whether the UNet sees unconditional rows too, in any step: at a scale of 1 they cancel, below
+            it is off as in diffusers, and models that take the scale as an input have none.
         latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
         source: the pictures it starts from, if it does.
         sizes: SDXL's conditions; empty for models without.
@@ -103,7 +108,8 @@ class Request:
     num_inference_steps: int
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
-    guidance_scale: float
+    guidance_scale: float | tuple[float, ...]
+    guidance_interval: tuple[float, float] | None
     guidance_rescale: float
     rng: Rng
     denoising_start: float | None
@@ -113,6 +119,7 @@ class Request:
     draw_tile: int | None
     draw_overlap: int | None
     output_type: OutputType
+    table: Table | None = field(default=None, compare=False)
     latents: Array | None = field(default=None, compare=False)
     source: Source | None = field(default=None, compare=False)
     loras: tuple[tuple[str, Any], ...] | None = None
@@ -127,7 +134,9 @@ class Request:
 
     @property
     def strength(self) -> float | None:
-        """How much of the schedule runs on what the request starts from; None where it starts from noise."""
+        """How much of the schedule runs on what the request starts from; None for noise, and of a table."""
+        if self.table is not None:
+            return None
         return getattr(self.source, "strength", None)
 
     def windows(self, scale: int) -> Windows | None:
@@ -136,8 +145,10 @@ class Request:
             return None
         return Windows(side=self.draw_tile // scale, overlap=(self.draw_overlap or 0) // scale)
 
-    def table(self) -> Table:
-        """The rows of the sampler's table that are run. Raises UsageError if none is left, SamplerError."""
+    def schedule(self) -> Table:
+        """The table that is run. Raises UsageError if none of its rows is left, SamplerError."""
+        if self.table is not None:
+            return self.table
         return make_span(
             self.sampler,
             self.num_inference_steps,
@@ -147,6 +158,22 @@ class Request:
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
         )
+
+    def guidance_scales(self) -> Array:
+        """(S,) float32: the scale of each row that is run. Raises UsageError for too few or too many."""
+        to_end = replace(self, denoising_end=None)
+        whole = self.table or make_table(
+            self.sampler, self.num_inference_steps, timesteps=self.timesteps, sigmas=self.sigmas
+        )
+        rows = RunRows(
+            count=len(self.schedule()),
+            to_end=len(to_end.schedule()),
+            whole=len(whole),
+            calls=SAMPLERS[self.sampler.name].calls if self.table is None else 1,
+            steps=self.num_inference_steps,
+            continues=self.denoising_start is not None,
+        )
+        return scales_of_rows(self.guidance_scale, self.guidance_interval, rows)
 
 
 def make_request(
@@ -159,6 +186,7 @@ def make_request(
     """
     values = tiled(manifest, read_parameters(manifest, parameters))
     chosen = {name: value for name, value in values.items() if not PARAMETERS[name].is_default(value)}
+    values["table"] = None if values["table"] is None else read_table(values["table"])
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
@@ -186,18 +214,10 @@ def make_request(
         "height": height,
         "width": width,
         "clip_skip": values["clip_skip"] or 0,
-        "num_inference_steps": count_steps(
-            values["num_inference_steps"] or defaults.num_inference_steps,
-            values["timesteps"],
-            values["sigmas"],
-        ),
+        "num_inference_steps": _steps(manifest, values),
         "guidance_scale": scale,
-        "guided": scale > 1 and "timestep_cond" not in manifest.vectors,
-        "sampler": replace(
-            resolve(defaults.sampler if values["sampler"] is None else values["sampler"], manifest.scheduler),
-            eta=values["eta"],
-            grid_share=_grid_share(manifest, source),
-        ),
+        "guided": np.max(scale) > OFF and GUIDED.fits(manifest),
+        "sampler": _sampler(manifest, values, source),
         "sizes": make_size_conditions(manifest, values, height, width),
         "latents": values["latents"],
         "source": source,
@@ -347,6 +367,24 @@ def _size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, int]:
     if values["tile"] is not None:  # a tile too small is refused before anything is drawn
         tile_stride(values["tile"], manifest.latent_scale)
     return height, width
+
+
+def _steps(manifest: Manifest, values: Mapping[str, Any]) -> int:
+    usual = values["num_inference_steps"] or manifest.defaults.num_inference_steps
+    if values["table"] is not None:
+        return len(values["table"])
+    return count_steps(usual, values["timesteps"], values["sigmas"])
+
+
+def _sampler(manifest: Manifest, values: Mapping[str, Any], source: Source | None) -> SamplerConfig:
+    spelled = manifest.defaults.sampler if values["sampler"] is None else values["sampler"]
+    step_list = list_of_model(manifest.vectors, manifest.time_ids)
+    config = resolve(spelled, manifest.scheduler, step_list)
+    if values["table"] is not None:
+        continuous = config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
+        last = config.noise.num_train_timesteps - 1
+        check_fits(values["table"], config.prediction_type, last, continuous=continuous)
+    return replace(config, eta=values["eta"], grid_share=_grid_share(manifest, source))
 
 
 def _grid_share(manifest: Manifest, source: Source | None) -> float:

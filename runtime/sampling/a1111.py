@@ -35,6 +35,7 @@ _AUTOMATIC = {
     "DPM++ 2M SDE Heun": "Exponential",
     "DPM++ 3M SDE": "Exponential",
 }
+_AYS = "AYS"
 _VERSION = re.compile(r"v?(\d+)\.(\d+)")
 _NO_SCHEDULES = (1, 9)  # before this release a schedule was part of the sampler's name
 _NEAR = 0.01  # diffusers rounds some ramps to whole timesteps
@@ -67,6 +68,9 @@ def a1111_fields(
 
 
 def _schedule(config: SamplerConfig) -> str:
+    if config.step_list is not None:
+        # Not "Align Your Steps": it lays n levels down to the lowest one, where the authors lay n + 1.
+        return _AYS
     if config.sigma_schedule != "default":
         return _RAMPS[config.sigma_schedule]
     levels = SCHEDULER_CLASSES[config.scheduler].levels

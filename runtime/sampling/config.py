@@ -15,6 +15,7 @@ from typing import Any
 from ...engines.errors import SamplerError
 from ...engines.noise_schedule import NoiseSchedule
 from .schedule import SIGMA_SCHEDULES, SPACINGS
+from .step_lists import STEP_LISTS
 from .table import PREDICTION_TYPES
 
 
@@ -29,6 +30,7 @@ class SamplerConfig:
         prediction_type: "epsilon", "v_prediction" or "sample".
         timestep_spacing: see `schedule.timesteps`.
         steps_offset: added to timesteps in "leading" spacing.
+        step_list: a published list in place of the spacing, a key of `step_lists.STEP_LISTS`.
         sigma_schedule: "default" (the timesteps' own sigmas), or see `schedule.sigma_ramp`.
         sigma_min: end of the sigma ramp; the schedule's own when None.
         sigma_max: start of the sigma ramp; the schedule's own when None.
@@ -60,6 +62,7 @@ class SamplerConfig:
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
+    step_list: str | None = None
     sigma_schedule: str = "default"
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -95,6 +98,7 @@ class SamplerConfig:
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": SPACINGS,
+    "step_list": (None, *STEP_LISTS),
     "sigma_schedule": SIGMA_SCHEDULES,
     "final_sigmas_type": ("zero", "sigma_min"),
     "interpolation_type": ("linear", "log_linear"),
@@ -156,22 +160,23 @@ _LCM = {"original_inference_steps": 50, "timestep_scaling": 10.0, "set_alpha_to_
 _DISTILLED: dict[str, Any] = {
     "defaults": _LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM,
     "levels": "lcm",
-    "without": ("sigma_schedule", "timestep_spacing"),
+    "without": ("step_list", "sigma_schedule", "timestep_spacing"),
     "custom_timesteps": True,
 }
 
+_UNRAMPED = ("step_list", "sigma_schedule")
 _ZERO_SNR = {"rescale_betas_zero_snr": False}
 
 # fmt: off
 SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
     "DDPMScheduler": SchedulerClass(
-        levels="ddpm", without=("sigma_schedule",), custom_timesteps=True,
+        levels="ddpm", without=_UNRAMPED, custom_timesteps=True,
         defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"}),
     "DDIMScheduler": SchedulerClass(
-        levels="ddim", without=("sigma_schedule",),
+        levels="ddim", without=_UNRAMPED,
         defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True}),
     "PNDMScheduler": SchedulerClass(
-        levels="plms", without=("sigma_schedule",), no_sample_prediction=True,
+        levels="plms", without=_UNRAMPED, no_sample_prediction=True,
         defaults=_TRAINING | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False}),
     "LMSDiscreteScheduler": SchedulerClass(levels="k", defaults=_RAMPED),
     "EulerDiscreteScheduler": SchedulerClass(

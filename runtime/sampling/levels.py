@@ -20,6 +20,7 @@ from ...engines.errors import SamplerError
 from ...engines.noise_schedule import Array, Level
 from .config import SCHEDULER_CLASSES, SamplerConfig
 from .schedule import sigma_ramp, timesteps
+from .step_lists import listed_timesteps
 
 Step: TypeAlias = tuple[Level, Level]
 Custom: TypeAlias = Sequence[float] | None
@@ -58,6 +59,8 @@ def lay_levels(
             range.
     """
     _check_custom(config, timesteps, sigmas)
+    if config.step_list is not None:
+        timesteps = listed_timesteps(config.step_list, count)
     layer = SCHEDULER_CLASSES[config.scheduler].levels
     if layer == "k":
         levels, x_scale = _k_levels(config, count, timesteps, sigmas)
@@ -71,6 +74,13 @@ def lay_levels(
 
 
 def _check_custom(config: SamplerConfig, timesteps: Custom, sigmas: Custom) -> None:
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is not None and config.step_list is not None:
+            raise SamplerError(
+                f"custom {name} for sampler {config.name} with the steps of {config.step_list}",
+                expected="one of them",
+                fix=f"Drop {name}, or `ays` from the sampler's name.",
+            )
     if sigmas is not None:
         own = config.sigma_schedule == "default"
         if timesteps is not None or config.scheduler != "EulerDiscreteScheduler" or not own:
@@ -88,6 +98,12 @@ def _check_custom(config: SamplerConfig, timesteps: Custom, sigmas: Custom) -> N
             f"custom timesteps for sampler {config.name} with {config.sigma_schedule} sigmas",
             expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
             fix="Drop timesteps, or choose one of these samplers.",
+        )
+    if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
+        raise SamplerError(
+            f"custom timesteps for {config.name} of a model that is told log(sigma) / 4 as its timestep",
+            expected="sigmas",
+            fix="Pass sigmas in place of timesteps.",
         )
     _check_order("timesteps", timesteps, config.noise.num_train_timesteps - 1)
 

@@ -3,7 +3,7 @@
 Accepted: the short names of this package, AUTOMATIC1111's ("DPM++ 2M Karras"), diffusers' classes
 ("EulerDiscreteScheduler"), ComfyUI's and stable-diffusion.cpp's ("dpm++2m", "euler_a", "ddim_trailing"), in
 any case, with or without spaces, and a schedule behind the name ("karras", "exponential", "beta",
-"sgm uniform"; "linspace", "leading", "trailing").
+"sgm uniform"; "linspace", "leading", "trailing"; "ays" for the steps that were published for the model).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ...engines.errors import SamplerError
 from ...engines.noise_schedule import ZERO_SNR_FLOOR, NoiseSchedule
 from .config import SCHEDULER_CLASSES, SamplerConfig, refusal
 from .samplers import SAMPLERS
+from .step_lists import STEP_LISTS
 from .table import PREDICTION_TYPES
 
 
@@ -44,6 +45,7 @@ def _spellings() -> Iterator[tuple[str, _Spelling]]:
 _SPELLINGS = dict(_spellings())
 
 # What may follow a name -> the field it sets; the empty suffix leaves the model's own.
+_OF_MODEL = "of the model"  # stands for the step list that fits it
 _SUFFIXES: dict[str, dict[str, str]] = {
     "": {},
     "karras": {"sigma_schedule": "karras"},
@@ -54,6 +56,8 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "trailing": {"timestep_spacing": "trailing"},
     "linspace": {"timestep_spacing": "linspace"},
     "leading": {"timestep_spacing": "leading"},
+    "ays": {"step_list": _OF_MODEL, "sigma_schedule": "default"},
+    "alignyoursteps": {"step_list": _OF_MODEL, "sigma_schedule": "default"},
 }
 
 _TWO_NOISES = "draws more than one noise per UNet call"
@@ -107,7 +111,11 @@ _RAMP_KEYS = {
 _NOISE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
 
-def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
+def resolve(
+    sampler: str | Mapping[str, Any] | None,
+    model_config: Mapping[str, Any],
+    step_list: str | None = None,
+) -> SamplerConfig:
     """Settle which sampler runs, with which options.
 
     Args:
@@ -115,13 +123,15 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
             `XScheduler.from_config(model_config)`; a diffusers scheduler config, which may leave out what
             the model was trained with (betas, prediction type); or what a picture's record has.
         model_config: the checkpoint's scheduler_config.json.
+        step_list: what "ays" means for the model (`step_lists.list_of_model`).
 
     Raises:
-        SamplerError: an unknown name (with the closest known ones), an option no table can express, or a
+        SamplerError: an unknown name (with the closest known ones), steps that were not published for the
+            model, an option no table can express, or a
             config whose values are of the wrong type.
     """
     try:
-        config = _resolve(sampler, model_config)
+        config = _resolve(sampler, model_config, step_list)
         hash(config)
         _ = config.noise.alpha_bar  # the betas are read here, not in the middle of a request
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -134,7 +144,9 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
     return config
 
 
-def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
+def _resolve(
+    sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any], step_list: str | None
+) -> SamplerConfig:
     if sampler is None:
         return _from_config(model_config)
     if isinstance(sampler, Mapping) and "name" in sampler:
@@ -144,10 +156,10 @@ def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str,
         return _from_config({**model, **sampler})
     if sampler in SCHEDULER_CLASSES:
         return _of_class(sampler, model_config)
-    return _from_name(sampler, model_config)
+    return _from_name(sampler, model_config, step_list)
 
 
-def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
+def _from_name(spelled: str, model_config: Mapping[str, Any], step_list: str | None) -> SamplerConfig:
     (name, options), suffix = _lookup(spelled)
     sampler = SAMPLERS[name]
     for field in suffix:
@@ -157,9 +169,21 @@ def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
                 expected=f"{name} alone, or that {field} with another sampler",
                 fix=f"Use sampler={name!r}.",
             )
+    if "step_list" in suffix:
+        suffix = {**suffix, "step_list": _list_of(step_list, spelled, name)}
     # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
     combined = {"clip_sample": False, **model_config, **sampler.options, **options}
     return replace(_config_for_class(sampler.scheduler, combined, name), **suffix)
+
+
+def _list_of(step_list: str | None, spelled: str, name: str) -> str:
+    if step_list is None:
+        raise SamplerError(
+            f"sampler {spelled!r}, and no steps were published for this model",
+            expected=" or ".join(one.made_for for one in STEP_LISTS.values()),
+            fix=f"Use sampler={name!r}.",
+        )
+    return step_list
 
 
 def _from_record(record: Mapping[str, Any]) -> SamplerConfig:

@@ -250,7 +250,8 @@ def make_span(
     cut (diffusers may cut between the two calls).
 
     Args:
-        config: the sampler; one with `grid_share` below 1 has its strength in its grid, and is not cut by it.
+        config: the sampler; one with `grid_share` below 1 has its strength in its grid, and only timesteps in
+            place of that are cut by it.
         num_inference_steps: steps of the whole schedule.
         timesteps, sigmas: see `make_table`.
         strength: 0 to 1, how much of the schedule is run; None is all of it. Ignored beside
@@ -272,7 +273,7 @@ def make_span(
         stop = _steps_before(visited, denoising_end, train)
     if denoising_start is not None:
         start = _steps_before(visited, denoising_start, train)
-    elif config.grid_share == 1 and strength is not None:
+    elif strength is not None and (config.grid_share == 1 or timesteps is not None):
         start = steps - min(int(steps * strength), steps)
     if start >= stop:
         cuts = {"strength": strength, "denoising_start": denoising_start, "denoising_end": denoising_end}

@@ -36,7 +36,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # A traced coefficient is exact to about 1e-13; a sampler that is not in the form misses by its own size.
 _TRACE_TOLERANCE = 1e-9
 _NEGLIGIBLE = 1e-12
-_COLUMNS = ("t", "alpha_bar", "p", "q", "a", "b", "c", "draws")
+COLUMNS = ("t", "alpha_bar", "p", "q", "a", "b", "c", "draws")
 
 
 class Row(NamedTuple):
@@ -98,7 +98,7 @@ class Table:
     def __post_init__(self) -> None:
         """Check, copy and freeze the columns."""
         rows = len(np.atleast_1d(self.t))
-        for column in _COLUMNS:
+        for column in COLUMNS:
             kind = np.bool_ if column == "draws" else np.float64
             values = np.array(getattr(self, column), dtype=kind)
             if values.shape[:1] != (rows,) or values.ndim != (2 if column == "b" else 1) or rows == 0:
@@ -136,7 +136,7 @@ class Table:
         """The first `rows` rows, 1 or more: a run that another model will finish."""
         if rows >= len(self):
             return self
-        cut = {column: getattr(self, column)[:rows] for column in _COLUMNS}
+        cut = {column: getattr(self, column)[:rows] for column in COLUMNS}
         return replace(self, **cut, last_alpha_bar=float(self.alpha_bar[rows]))
 
     @property
@@ -153,8 +153,12 @@ class Table:
             for t, p, q, a, b, c, draws, keep in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def packed_rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
+    def packed_rows(self, guidance_scales: Array, guidance_rescale: float) -> Array:
         """The rows as the net `step_masked` takes them; `step` takes the first `len(ROW)` numbers of each.
+
+        Args:
+            guidance_scales: (N,) of each row.
+            guidance_rescale: of all rows.
 
         Returns:
             (N, len(MASKED_ROW)) float32, guidance included.
@@ -165,7 +169,7 @@ class Table:
         values |= {f"b{j}": self.b[:, j] for j in range(self.history)}
         for name, column in values.items():
             rows[:, ROW.index(name)] = column
-        rows[:, ROW.index("guidance_scale")] = guidance_scale
+        rows[:, ROW.index("guidance_scale")] = guidance_scales
         rows[:, ROW.index("guidance_rescale")] = guidance_rescale
         return rows
 
@@ -183,9 +187,10 @@ class Table:
         return "\n".join([f"{self.name}: {calls}, {self.prediction_type}, init {self.init:.6f}", *body])
 
     def to_json(self) -> dict[str, Any]:
-        """The table as plain lists and numbers, in the order of the loop."""
+        """The table as plain lists and numbers, which `table_file.parse_table` reads back to the bit."""
         head = {"name": self.name, "prediction_type": self.prediction_type, "init": float(self.init)}
-        return head | {column: getattr(self, column).tolist() for column in _COLUMNS}
+        head |= {"last_alpha_bar": float(self.last_alpha_bar)}
+        return head | {column: getattr(self, column).tolist() for column in COLUMNS}
 
 
 class _Call(NamedTuple):

@@ -23,18 +23,21 @@ class SteeredByNet(Steered):
         manifest = self.opened.package.manifest
         if manifest.control.get("channel_order") == "bgr":
             hint = np.ascontiguousarray(hint[:, ::-1])
+        scales = self.control.scales(
+            steps=rows.schedule,
+            rows=rows.count,
+            outputs=len(manifest.nets["controlnet"].spec.outputs),
+            guided=rows.guided,
+            pooled=averages(manifest),
+        )[: rows.steps]
+        if rows.guided:  # a net that adds to no row of a call's half is not run on it
+            scales[~rows.guided_calls, : rows.pictures] = 0
         return ControlJob(
             manifest=manifest,
             loop=self.opened.loop,
             hint=hint,
             hint_of_row=row_of_each_picture(len(hint), rows),
-            scales=self.control.scales(
-                steps=rows.schedule,
-                rows=rows.count,
-                outputs=len(manifest.nets["controlnet"].spec.outputs),
-                guided=rows.guided,
-                pooled=averages(manifest),
-            )[: rows.steps],
+            scales=scales,
         )
 
     def record(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..controls.image_prompt import ImagePrompt
 from ..controls.preparations import find_preparation
 from ..loop.job import Loop, SteeringJob
 from ..record import STEERED_BY
+from ..request.guidance import OFF
 from ..request.request import Request
 from .controlnet import SteeredByNet
 from .ip_adapter import Prompted, image_prompt_job
@@ -191,9 +192,10 @@ class LoadedControls:
         if not request.controls:
             return SteeringJob(), {}
         rows = Rows(
-            steps=len(request.table()),
-            schedule=len(replace(request, denoising_end=None).table()),
+            steps=len(request.schedule()),
+            schedule=len(replace(request, denoising_end=None).schedule()),
             guided=request.guided,
+            guided_calls=request.guidance_scales() > OFF,
             height=request.height,
             width=request.width,
             pictures=len(request.prompts),

@@ -37,6 +37,7 @@ class Rows:
         steps: S, the calls.
         schedule: what a control's part of the steps is a share of: S, or more where another model goes on.
         guided: whether the first half of the rows of each is unconditional.
+        guided_calls: (S,) bool, the calls in which those count.
         height, width: of the pictures.
         pictures: N.
     """
@@ -44,6 +45,7 @@ class Rows:
     steps: int
     schedule: int
     guided: bool
+    guided_calls: Array
     height: int
     width: int
     pictures: int

@@ -156,7 +156,7 @@ def order_of(asked: Asked, endpoint: Endpoint, model: str, pipe: Pipeline, bound
             input_bytes=order.input_bytes + len(asked.mask),
         )
     if asked.partial_images:
-        steps = len(pipe.request_of(order.of_picture(0)).table())
+        steps = len(pipe.request_of(order.of_picture(0)).schedule())
         every = max(1, ceil(steps / (asked.partial_images + 1)))
         order = replace(order, previews=Previews(every=every, kind="decoder"))
     return order

@@ -115,7 +115,8 @@ function kindOf(name, schema) {
   if (schema.enum) return choice;
   if (schema.type === "boolean") return checkbox;
   if (schema.type === "array") return numbers;
-  return schema.type === "integer" || schema.type === "number" ? number : text;
+  const type = [schema.type].flat()[0]; // of several, such as a number or a list of them, the first is drawn
+  return type === "integer" || type === "number" ? number : text;
 }
 
 function choice(name, schema, usual) {
@@ -163,7 +164,7 @@ function number(name, schema, usual) {
     parts: [make("div", { className: "pair" }, slider, input)],
     read,
     write: (value) => {
-      input.value = value ?? "";
+      input.value = Number.isFinite(value) ? value : "";
       follow();
     },
   };

@@ -245,4 +245,4 @@ def test_the_mix_is_mostly_of_the_size_that_was_asked_for() -> None:
     assert len({kind.sampler for kind in kinds}) == 4
     for kind in kinds:
         request = make_request(PACKAGE.manifest, "", seed=1, **kind.parameters())
-        assert len(request.table()) == kind.steps, "each step is one call, as simulations have it"
+        assert len(request.schedule()) == kind.steps, "each step is one call, as simulations have it"

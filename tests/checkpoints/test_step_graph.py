@@ -57,7 +57,8 @@ def test_the_graph_draws_what_the_loop_draws(
     state[0] = table.init * start
     latent = guided_batch(state[0], guided)
     draws = iter(noises[table.draws])
-    for i, row in enumerate(table.packed_rows(scale, rescale)):
+    scales = np.full(len(table), scale, np.float32)
+    for i, row in enumerate(table.packed_rows(scales, rescale)):
         noise = next(draws) if table.draws[i] else np.zeros_like(start)
         feeds = {"prediction": _model(latent, i), "state": state, "noise": noise, "row": row}
         if masked:

@@ -112,6 +112,12 @@ def test_inspect_package(latentrt: Any) -> None:
     assert json.loads(latentrt("inspect", "demo", "--json")[1])["latent_channels"] == 4
 
 
+@pytest.mark.parametrize("model", ["demo", str(SHIPPED["demo"].parent / "checkpoint")])
+def test_inspect_prints_published_steps(latentrt: Any, model: str) -> None:
+    _, out, _ = latentrt("inspect", model, "--sampler", "dpmpp_2m_ays", "--steps", "10", "--json")
+    assert json.loads(out)["t"] == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+
+
 def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     lora = {f"{name}.lora_down.weight": np.ones((4, 768), np.float16), f"{name}.alpha": np.ones(())}

@@ -96,6 +96,7 @@ def test_the_device_draws_what_the_host_draws(
         ([], {}),
         ([edges(strength=0.7)], {"loras": ["loop"]}),
         ([], {"loras": ["loop"]}),
+        ([edges()], {"guidance_interval": (0.0, 0.5), "guidance_scale": 5.0}),
     ]
     with Pipeline.open(package.root, backend="onnxruntime", loras=tmp_path) as host:
         host.controls._open_package = opener(made)

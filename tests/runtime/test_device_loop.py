@@ -51,6 +51,8 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
         {"sampler": "heun", "num_images_per_prompt": 3, "guidance_scale": 1.0},
         {"sampler": "unipc", "negative_prompt": "a green star"},
         {"sampler": "lcm", "rng": "torch-cuda"},
+        {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.7), "guidance_rescale": 0.5},
+        {"sampler": "euler", "guidance_scale": [7.0, 1.0, 4.0, 0.0]},
     ],
     ids=lambda change: "-".join(map(str, change.values())),
 )

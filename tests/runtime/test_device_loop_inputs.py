@@ -83,7 +83,7 @@ def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) ->
             resolve("euler_a", {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}), 4
         ),
         "guided": True,
-        "guidance_scale": 3.0,
+        "guidance_scales": np.full(4, 3.0, np.float32),
         "guidance_rescale": 0.0,
         "first": normal(*latent),
         "noise": NoiseSource((seed, seed + 1), "torch-cpu"),

@@ -55,6 +55,10 @@ STARTS: dict[str, dict[str, Any]] = {
     "latents": {"latents": "noise.npy"},
     "tiles": {"tile": 64, "prompt_syntax": "plain", "rng": "torch-cuda"},
     "part of the schedule": {"denoising_end": 0.5},
+    "guidance in a part": {"guidance_scale": 5.0, "guidance_interval": (0.0, 0.5)},
+    "guidance of each step": {"guidance_scale": [5.0, 3.0, 1.0, 2.0]},
+    "sigmas": {"sampler": "euler", "sigmas": [14.0, 3.0, 1.0, 0.0]},
+    "published steps": {"sampler": "dpmpp_2m_ays"},
 }
 
 
@@ -67,7 +71,7 @@ def test_the_file_alone_draws_the_same(pipe: Any, folder: Path, start: str, suff
             chosen[name] = folder / chosen[name]
     if "latents" in chosen:
         chosen["latents"] = np.load(folder / chosen["latents"])
-    if "timesteps" in chosen:
+    if {"timesteps", "sigmas"} & chosen.keys():
         del chosen["num_inference_steps"]
     prompts = ["a red (circle:1.2)", "a green star"] if start != "a mask" else ["a red circle"]
     drawn = pipe(prompts, seed=[3, 8][: len(prompts)], **chosen)

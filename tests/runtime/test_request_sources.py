@@ -253,7 +253,7 @@ def test_refused_by_name(manifest: Manifest, parameters: dict[str, Any], match: 
     ],
 )
 def test_the_part_of_the_schedule(parameters: dict[str, Any], rows: int) -> None:
-    assert len(ask(**parameters).table()) == rows
+    assert len(ask(**parameters).schedule()) == rows
 
 
 @pytest.mark.parametrize(
@@ -278,9 +278,9 @@ def test_a_schedule_from_a_stranger_takes_no_memory() -> None:
 
 
 def test_two_parts_are_the_whole() -> None:
-    whole = ask().table()
-    first = ask(denoising_end=0.6).table()
-    second = ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6).table()
+    whole = ask().schedule()
+    first = ask(denoising_end=0.6).schedule()
+    second = ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6).schedule()
     np.testing.assert_array_equal(np.concatenate([first.t, second.t]), whole.t)
     assert first.last_alpha_bar == pytest.approx(second.alpha_bar[0])
     assert (first.keeps[-1] ** 2).tolist() == pytest.approx([second.alpha_bar[0], 1 - second.alpha_bar[0]])
@@ -288,7 +288,7 @@ def test_two_parts_are_the_whole() -> None:
 
 def test_a_schedule_of_which_nothing_is_left() -> None:
     with pytest.raises(UsageError, match=r"none is left to run \(strength 0.05\)"):
-        ask(image=PICTURE, strength=0.05).table()
+        ask(image=PICTURE, strength=0.05).schedule()
 
 
 def test_a_samplers_own_refusal_stays() -> None:

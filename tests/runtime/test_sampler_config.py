@@ -291,6 +291,12 @@ def test_bad_custom_schedules(name: str, kwargs: dict, message: str) -> None:
         make_table(resolve(name, SD15), 20, **kwargs)
 
 
+def test_continuous_timesteps_are_not_the_callers() -> None:
+    config = {**SD15, "timestep_type": "continuous", "prediction_type": "v_prediction"}
+    with pytest.raises(SamplerError, match="is told log"):
+        make_table(resolve("euler", config), 2, timesteps=[900, 100])
+
+
 def test_lcm_keeps_to_its_distillation_grid() -> None:
     with pytest.raises(SamplerError, match="51 steps on a distillation grid of 50"):
         make_table(resolve("lcm", SD15), 51)

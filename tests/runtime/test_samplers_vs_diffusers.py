@@ -1,15 +1,18 @@
 """Our tables and our loop against diffusers' schedulers and loops; the method is in diffusers_oracle.py."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
+from latentrt.runtime.sampling.config import SCHEDULER_CLASSES
 from latentrt.runtime.sampling.names import resolve
-from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
+from latentrt.runtime.sampling.samplers import SAMPLERS, make_span, make_table
 from tests.runtime.diffusers_oracle import (
     CLASSES,
     SD,
@@ -120,6 +123,29 @@ def test_custom_timesteps(name: str) -> None:
     scheduler = make_scheduler(cls, SD, **options)
     set_steps(scheduler, None, timesteps=AYS)
     check(make_table(resolve(name, SD), 10, timesteps=AYS), scheduler, **step_options(name))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
+def test_custom_timesteps_of_a_latent_consistency_model_after_a_late_start(strength: float) -> None:
+    """diffusers noises the last result again there, since it counts the steps that it leaves out."""
+    scheduler = make_scheduler("LCMScheduler", SD)
+    set_steps(scheduler, None, timesteps=[999, 759, 499, 259], strength=strength)
+    config = dataclasses.replace(resolve("lcm", SD), grid_share=strength)
+    table = make_span(config, 50, timesteps=[999, 759, 499, 259], strength=strength)
+    np.testing.assert_array_equal(table.t, scheduler.timesteps.numpy())
+    assert not table.draws[-1]
+
+
+def test_every_class_takes_what_diffusers_class_takes() -> None:
+    """Sigmas go into Euler alone: UniPC has the argument for flow matching, and raises without."""
+    for name, facts in SCHEDULER_CLASSES.items():
+        arguments = inspect.signature(getattr(diffusers, name).set_timesteps).parameters
+        assert facts.custom_timesteps == ("timesteps" in arguments), name
+        assert ("sigmas" in arguments) == (name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler")), (
+            name
+        )
+    with pytest.raises(ValueError, match="only supported when `use_flow_sigmas=True`"):
+        make_scheduler("UniPCMultistepScheduler", SD).set_timesteps(sigmas=[9.0, 1.0])
 
 
 def test_custom_sigmas() -> None:

@@ -42,8 +42,8 @@ def drawn(pipe: Pipeline) -> Any:
     while True:
         for event in shared.turn():
             if isinstance(event, Ended):
-                assert steps == len(pipe.request_of(FIRST).table()) + len(
-                    check_second(pipe, FIRST, SECOND).table()
+                assert steps == len(pipe.request_of(FIRST).schedule()) + len(
+                    check_second(pipe, FIRST, SECOND).schedule()
                 )
                 return event.value
             steps += 1

@@ -46,6 +46,8 @@ def a_request(chance: random.Random, most_steps: int) -> dict[str, Any]:
     if chance.random() < 0.3:
         request["guidance_rescale"] = 0.7
     if chance.random() < 0.3:
+        request["guidance_interval"] = chance.choice(((0.0, 0.5), (0.3, 1.0)))
+    if chance.random() < 0.3:
         request["num_images_per_prompt"] = 2
     if chance.random() < 0.3:
         request["negative_prompt"] = "a blue background"

@@ -245,7 +245,14 @@ def test_parameters_come_back_from_the_history(opened: Open) -> None:
     with opened() as page:
         page.evaluate("document.querySelector('#avoid').open = true")
         page.evaluate("document.querySelector('#negative').value = 'a square'")
-        draw(page, num_inference_steps=4, guidance_scale=2.5, sampler="euler_a", guidance_rescale=0.25)
+        draw(
+            page,
+            num_inference_steps=4,
+            guidance_scale=2.5,
+            sampler="euler_a",
+            guidance_rescale=0.25,
+            guidance_interval="0, 0.5",
+        )
         page.until(DONE)
         first = pixels_on(page)
         page.click("#reset")
@@ -262,6 +269,7 @@ def test_parameters_come_back_from_the_history(opened: Open) -> None:
         sent = page.sent()
         assert (sent["negative_prompt"], sent["sampler"]) == ("a square", "euler_a")
         assert (sent["guidance_rescale"], sent["num_inference_steps"]) == (0.25, 4)
+        assert (sent["guidance_scale"], sent["guidance_interval"]) == (2.5, [0, 0.5])
 
         page.click("#remove")
         page.until("document.querySelectorAll('#shelf li').length === 2")

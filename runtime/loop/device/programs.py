@@ -344,7 +344,7 @@ class ScheduleProgram(BoundProgram):
         self._spec.check(inputs)
         for name, array in inputs.items():
             block.upload(name, array)
-        rows = job.table.packed_rows(job.guidance_scale, job.guidance_rescale)
+        rows = job.table.packed_rows(job.guidance_scales, job.guidance_rescale)
         block.upload("rows", rows[:, : block.place("rows").shape[1]])
         if self.draws:
             self._upload_noises(job.noises())
