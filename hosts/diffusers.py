@@ -316,7 +316,7 @@ class LatentrtPipeline:
         import torch
 
         request = self.pipe.request_of({"prompt": prompt, **values})
-        table, dtype = request.table(), self._dtype
+        table, dtype = request.schedule(), self._dtype
         own = {name: value for name, value in values.items() if name != "output_type"}
         bar = self.progress_bar(total=len(table), **({} if self._bar else {"disable": True}))
         self._interrupt, drawn = False, np.empty(0, np.float32)
