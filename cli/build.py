@@ -148,17 +148,26 @@ def _shown(advance: Advance) -> OnProgress:
 
 
 def _check_backend(name: str, options: Mapping[str, bool]) -> None:
-    """Raise BackendError for a backend that cannot run here, UsageError for an option that it does not use.
+    """Raise BackendError for a backend that cannot run here, UsageError for one that builds nothing.
+
+    UsageError too for an option that it does not use.
 
     TensorRT-RTX builds without a GPU: there only its library must be there.
     """
     from ..engines.backend import find_backend
     from ..engines.backends import BACKENDS
+    from ..engines.errors import UsageError
     from ..engines.tensorrt.flavour import flavour
 
     row = BACKENDS.get(name)
     if row is None or row.builds == "engines":
         flavour(name)
+    elif row.builds == "nothing":
+        raise UsageError(
+            f"there is nothing to build for {name}",
+            expected="a backend with engines, or with layouts to measure",
+            fix=f"Draw with it: --backend {name}",
+        )
     else:
         _check_for_layouts(name, options)
         find_backend(name)

@@ -25,7 +25,7 @@ class LoopOptions:
     """How a loop is opened. `threads` count on the host only, `graphs` on a device.
 
     Attributes:
-        device: "auto", "cpu", "cuda", or "cuda:N" for another than the first.
+        device: as `engines.backend.Place.parse` takes it.
         backend: a name of `engines.backend.BACKENDS`, or "auto".
         threads: of a CPU backend; None is one for every processor this process may use.
         graphs: whether rows are replayed as a CUDA graph: "on", "off", or "auto", where that is faster.

@@ -22,12 +22,12 @@ from ...package import Package
 from ...spec import DTYPES, Array
 from ...store.engine_store import BuiltEngine, EngineStore, Miss, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
+from ...tuning.choice import Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from ..lowering.files import LoweredGraph, check_lowering, read_graph, write_graph
 from ..lowering.fused import lower_attention, lower_geglus, lower_group_norms
 from ..lowering.winograd import Kernel, lower_convolutions
 from ..nets import OnnxRuntimeNet
 from ..session import library
-from .choice import Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from .cpu_layouts import CPU_LAYOUTS, cpu_key
 
 CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth

@@ -18,9 +18,9 @@ from ...errors import LatentrtError
 from ...package import Package
 from ...processors import processor, usable_processors
 from ...store.files import default_root
+from ...tuning.choice import TUNED_NETS
 from ..lowering.files import LoweredGraph
 from ..lowering.winograd import Kernel
-from .choice import TUNED_NETS
 
 if TYPE_CHECKING:
     from ...store.engine_store import EngineStore
