@@ -40,7 +40,12 @@ ARROWS = {
 ROOMS: dict[str, list[set[str]]] = {
     "runtime": [{"sampling", "pictures", "prompts"}, {"controls"}, {"request"}, {"loop"}, {"steering"}],
     "runtime/loop": [{"device"}],
-    "engines": [{"cuda", "store", "graphs", "tuning"}, {"tensorrt"}, {"onnxruntime", "openvino"}],
+    "engines": [
+        {"cuda", "store", "graphs", "tuning"},
+        {"tensorrt"},
+        {"onnxruntime", "openvino"},
+        {"contest"},
+    ],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
     "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
