@@ -26,6 +26,7 @@ from latentrt.engines.onnxruntime.tuning.cpu_layouts import LoweredGraph, cpu_ke
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tuning import runs
 from latentrt.engines.tuning.choice import Choice, Measured, choose_layout
 from tests.tiny_package import external, write_graph
 
@@ -226,7 +227,7 @@ def decide(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with few pixels."""
-    real = cpu_tuning.measured_profile
+    real = runs.measured_profile
 
     def profile(package: Package, net: str) -> Any:
         found = real(package, net)
@@ -242,7 +243,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return type(found)(**{**vars(found), "shapes": shapes})
 
-    monkeypatch.setattr(cpu_tuning, "measured_profile", profile)
+    monkeypatch.setattr(runs, "measured_profile", profile)
 
 
 @pytest.mark.parametrize("layout", ["fused", "winograd"])
