@@ -523,12 +523,13 @@ def everything(**options: Any) -> None:
 def device_of(backend: str, device: str) -> str:
     """Where peers run: "auto" is where our backend does."""
     from ..engines.backend import choose_backend
+    from ..engines.backends import BACKENDS
     from ..engines.errors import LatentrtError
 
     if device != "auto":
         return device
     with suppress(LatentrtError):  # our side says by itself why it cannot be opened
-        return "cpu" if choose_backend(backend)[0] == "onnxruntime" else "cuda"
+        return "cuda" if BACKENDS[choose_backend(backend)[0]].on_device else "cpu"
     return "cpu"
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
+AUTO = "auto"
 
 
 @with_checkpoint_options
@@ -31,7 +32,8 @@ def build(
     backend: Annotated[
         str | None,
         Option(
-            help="tensorrt-rtx, tensorrt, onnxruntime-cuda, onnxruntime. Default: the TensorRT installed."
+            help="tensorrt-rtx, tensorrt, onnxruntime-cuda, onnxruntime, or auto: the fastest on the CPU."
+            " Default: the TensorRT installed."
         ),
     ] = None,
     profile: Annotated[
@@ -66,9 +68,9 @@ def build(
     refittable weights.
 
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
-    the options, --nets, --store and --json count there.
+    the options, --nets, --store and --json count there. With auto, measure onnxruntime and openvino against
+    each other; --backend auto draws with the faster one from then on.
     """
-    from ..engines.backends import BACKENDS
     from ..engines.cuda.facts import available, facts
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
@@ -79,7 +81,6 @@ def build(
 
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
-    row = BACKENDS.get(chosen)
     used = {
         "--profile": bool(profile),
         "--dry-run": dry_run,
@@ -88,15 +89,17 @@ def build(
         "--workspace": workspace != 0,
         "--hardware-compatibility": hardware_compatibility != "",
     }
+    if chosen == AUTO:
+        used |= {"--nets": bool(nets), "--control": bool(control)}
     _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
         read: Any = {"options": checkpoint, "allow_unused": lora_lenient}
-        opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **read)
+        reader = "onnxruntime" if chosen == AUTO else chosen
+        opened = open_model(model, backend=lambda: reader, advance=advance, note=say, **read)
         names = [name.strip() for name in nets.split(",") if name.strip()]
         wanted = [(opened, names), *_controls(opened, chosen, control or (), advance, CONTROLS.get(model))]
-    if row is not None and row.builds == "layouts":
-        for one, some in wanted:
-            _tune(row, one, EngineStore(store), some, as_json=as_json)
+    if _is_measured(chosen):
+        _measure(chosen, wanted, EngineStore(store), as_json=as_json)
         return
     asked = [Profile.parse(text, multiple=opened.manifest.size_multiple) for text in profile or ()]
     profiles = asked or [default_profile(opened.manifest)]
@@ -148,19 +151,66 @@ def _shown(advance: Advance) -> OnProgress:
 
 
 def _check_backend(name: str, options: Mapping[str, bool]) -> None:
-    """Raise BackendError for a backend that cannot run here, UsageError for an option that it does not use.
+    """Raise BackendError for a backend that cannot run here, UsageError for one that builds nothing.
+
+    UsageError too for an option that it does not use.
 
     TensorRT-RTX builds without a GPU: there only its library must be there.
     """
     from ..engines.backend import find_backend
     from ..engines.backends import BACKENDS
+    from ..engines.errors import UsageError
     from ..engines.tensorrt.flavour import flavour
 
     row = BACKENDS.get(name)
-    if row is None or row.builds == "engines":
+    if name == AUTO:
+        _check_for_contest(options)
+    elif row is None or row.builds == "engines":
         flavour(name)
+    elif row.builds == "nothing":
+        raise UsageError(
+            f"there is nothing to build for {name}",
+            expected="a backend with engines, or with layouts to measure",
+            fix=f"Draw with it: --backend {name}",
+        )
     else:
         _check_for_layouts(name, options)
+        find_backend(name)
+
+
+def _is_measured(name: str) -> bool:
+    """Whether nothing is made for a backend but choices among what runs as it is."""
+    from ..engines.backends import BACKENDS
+
+    return name == AUTO or (name in BACKENDS and BACKENDS[name].builds == "layouts")
+
+
+def _measure(
+    name: str, wanted: Sequence[tuple[Package, list[str]]], store: EngineStore, *, as_json: bool
+) -> None:
+    """Measure what `_is_measured`, and print it."""
+    from ..engines.backends import BACKENDS
+
+    for package, nets in wanted:
+        if name == AUTO:
+            _compete(package, store, as_json=as_json)
+        else:
+            _tune(BACKENDS[name], package, store, nets, as_json=as_json)
+
+
+def _check_for_contest(options: Mapping[str, bool]) -> None:
+    """Raise UsageError for an option that a contest does not use, BackendError where a backend is missing."""
+    from ..engines.backend import find_backend
+    from ..engines.contest.fastest import HOSTS
+    from ..engines.errors import UsageError
+
+    if option := next((name for name, used in options.items() if used), ""):
+        raise UsageError(
+            f"{option} was given with --backend auto, which measures pictures of the default size",
+            expected="--store and --json at most",
+            fix=f"Leave {option} out.",
+        )
+    for name in HOSTS:
         find_backend(name)
 
 
@@ -190,6 +240,32 @@ def _tune(row: BackendRow, package: Package, store: EngineStore, nets: list[str]
         show(f"{item.net}  {facts['layout']}  ({times})  {how}")
         for name, reason in facts["rejected"].items():
             show(f"  {name} is out: {reason}")
+
+
+def _compete(package: Package, store: EngineStore, *, as_json: bool) -> None:
+    """Measure the layouts of ONNX Runtime, then the backends of the host, and print which is the fastest."""
+    from ..engines.backends import BACKENDS
+    from ..engines.contest.fastest import HOSTS, standing
+    from ..engines.contest.hosts import measure_hosts
+
+    with progress_bar(enabled=not as_json) as advance:
+        BACKENDS[HOSTS[0]].tune_package()(package, store, _shown(advance))
+        measured = measure_hosts(package, store, _shown(advance))
+    found = standing(package, {item.net: item.entry.facts for item in measured})
+    if as_json:
+        rows = list(map(_record, measured))
+        totals = {"backend": AUTO, "fastest": found.backend, "picture": dict(found.milliseconds)}
+        print(json.dumps({**totals, "nets": rows}))
+        return
+    rows = [(item.net, item.entry.facts["milliseconds"]) for item in measured]
+    for what, times in (*rows, ("picture", found.milliseconds)):
+        first = times[HOSTS[0]]
+        shown = (f"{name} {took:.3f} ms ({took / first:.2f}x)" for name, took in times.items())
+        show(f"{what:<12} {', '.join(shown)}")
+    for item in measured:
+        for name, reason in item.entry.facts["rejected"].items():
+            show(f"  {name} is out at {item.net}: {reason}")
+    show(f"auto takes {found.backend} for this model from now on")
 
 
 def _record(item: BuiltEngine) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def generate(
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
     embd_dir: Annotated[Path | None, Option("--embd-dir", metavar="FOLDER", help=_EMBD_DIR)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1, openvino:GPU.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
     lora_dir: Annotated[Path | None, Option("--lora-dir", "--lora-model-dir", help=_LORA_DIR)] = None,
     lora_lenient: LoraLenient = False,

@@ -55,7 +55,7 @@ def serve(
         bool, Option("--lenient", help="OpenAI's API: leave out unknown fields, in place of refusing them.")
     ] = False,
     backend: Annotated[str, Option(help="As of generate.")] = "auto",
-    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1, openvino:GPU.")] = "auto",
     threads: Annotated[int | None, Option(help="CPU threads.")] = None,
     lora_dir: Annotated[
         Path | None, Option("--lora-dir", metavar="FOLDER", help="Adapters that requests name.")

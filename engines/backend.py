@@ -95,29 +95,47 @@ _AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
 
 @dataclass(frozen=True)
 class Place:
-    """Where nets are to run: on a device or not (None is both), and on which."""
+    """Where nets are to run: on a device or not (None is both), and on which.
+
+    `unit` is a device that only OpenVINO drives, by its name there ("GPU", "GPU.1", "NPU"); nets on it are
+    called with arrays.
+    """
 
     on_device: bool | None = None
     index: int = 0
+    unit: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """From "auto", "cpu", "cuda", or "cuda:1". Raises UsageError."""
+        """From "auto", "cpu", "cuda", "cuda:1", or "openvino:GPU". Raises UsageError."""
         match = _PLACE.fullmatch(text)
         if match is None:
             raise UsageError(
-                f"device is {text!r}", expected="auto, cpu, cuda, or cuda:N", fix="Leave device out."
+                f"device is {text!r}",
+                expected="auto, cpu, cuda, cuda:N, or as openvino:GPU",
+                fix="Leave device out.",
             )
-        on_device = None if text == "auto" else text != "cpu"
-        return cls(on_device, int(match[1] or 0))
+        on_device = None if text == "auto" else text.startswith("cuda")
+        return cls(on_device, int(match[1] or 0), match[2] or "")
 
     def allows(self, row: BackendRow) -> bool:
         """Whether a backend runs there."""
-        return self.on_device in (None, row.on_device)
+        return row.name == OF_UNITS if self.unit else self.on_device in (None, row.on_device)
+
+    def load(self, row: BackendRow) -> Backend:
+        """A backend that runs there."""
+        return row.load().on(self.unit) if self.unit else row.load()
+
+    def __str__(self) -> str:
+        """As `parse` takes it."""
+        if self.unit:
+            return f"{OF_UNITS}:{self.unit}"
+        return "auto" if self.on_device is None else "cuda" if self.on_device else "cpu"
 
 
 ANYWHERE = Place()
-_PLACE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?")
+OF_UNITS = "openvino"  # the backend of `Place.unit`
+_PLACE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?|openvino:([A-Z]{2,8}(?:\.\d{1,2})?)")
 
 
 def choose_backend(
@@ -145,16 +163,16 @@ def find_backend(
     """
     check_backend(name, place)
     if name != "auto":
-        backend: Backend = BACKENDS[name].load()
+        backend = place.load(BACKENDS[name])
         if (refused := backend.refusal()) is None:
             return name, backend, {}
         raise BackendError(
             f"the backend {name} cannot run here: {refused.found}", expected=refused.expected, fix=refused.fix
         )
     refusals = dict[str, BackendError]()
-    rows = [row for row in _AUTO if place.allows(row)]
+    rows = [row for row in _AUTO if place.allows(row)] or [BACKENDS[OF_UNITS]]
     for row in rows:
-        backend = row.load()
+        backend = place.load(row)
         if (refused := failed.get(row.name) or backend.refusal()) is None:
             return row.name, backend, refusals
         refusals[row.name] = refused
@@ -178,7 +196,7 @@ def check_backend(name: str, place: Place = ANYWHERE) -> None:
         )
     if not place.allows(BACKENDS[name]):
         raise UsageError(
-            f"the backend {name} with the device {'cuda' if place.on_device else 'cpu'}",
+            f"the backend {name} with the device {place}",
             expected="a backend that runs there",
             fix="Leave one of the two out.",
         )

@@ -22,7 +22,8 @@ class BackendRow:
         implementation: the module below this folder that holds the backend, and its name there.
         on_device: whether it is a `DeviceBackend`; else it is a `HostBackend`.
         builds: what `latentrt build` makes for it. Without engines that cover a request nothing runs; layouts
-            are measured choices that only make it faster.
+            are measured choices that only make it faster. What builds nothing runs where it is named, or was
+            measured to be the fastest (`contest/`).
         tuner: the module below this folder whose `tune_package` measures layouts; "" where engines are built.
         reads: safetensors' names of the types that weights may be stored in, whatever a graph computes with.
     """
@@ -31,7 +32,7 @@ class BackendRow:
     extra: str
     implementation: tuple[str, str]
     on_device: bool
-    builds: Literal["engines", "layouts"]
+    builds: Literal["engines", "layouts", "nothing"]
     tuner: str = ""
     reads: frozenset[str] = frozenset(("F16", "F32"))
 
@@ -52,7 +53,7 @@ class BackendRow:
         return import_module(f".{self.tuner}", __package__).tune_package
 
 
-# ONNX Runtime's CPU provider converts every type as it loads a graph, whoever runs it then.
+# ONNX Runtime's CPU provider and OpenVINO convert every type as they load a graph, whoever runs it then.
 _EVERY_FLOAT = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 
 # The best first.
@@ -75,6 +76,14 @@ BACKENDS: Mapping[str, BackendRow] = {
             on_device=False,
             builds="layouts",
             tuner="onnxruntime.tuning.cpu",
+            reads=_EVERY_FLOAT,
+        ),
+        BackendRow(
+            name="openvino",
+            extra="openvino",
+            implementation=("openvino.backend", "OPENVINO"),
+            on_device=False,
+            builds="nothing",
             reads=_EVERY_FLOAT,
         ),
         BackendRow(  # before TensorRT, because pip alone installs it and it builds without a GPU

@@ -150,14 +150,17 @@ def reading_changes(package: Package, net: str) -> Generator[None]:
         ) from error
 
 
-def weight_values(tensor: ExternalTensor, folder: Path) -> Array:
+def weight_values(tensor: ExternalTensor, folder: Path, *, writable: bool = False) -> Array:
     """A weight as it is stored: a view of the mapped file, whose pages are read when used.
+
+    Some libraries take no array that they could not write to. What is written to a `writable` one stays in
+    memory, and never reaches the file.
 
     Raises:
         OSError: the file cannot be read.
         ValueError, KeyError: it has not the bytes that the graph names, or numbers of an unknown type.
     """
-    whole: Any = np.memmap(folder / tensor.location, np.uint8, mode="r")
+    whole: Any = np.memmap(folder / tensor.location, np.uint8, mode="c" if writable else "r")
     stored = whole[tensor.offset : tensor.offset + tensor.length]
     if tensor.dtype in _DTYPES:
         return stored.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)

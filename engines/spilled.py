@@ -25,10 +25,11 @@ def available_bytes() -> int | None:
 
 
 def spill(arrays: dict[str, Array], folder: Path) -> None:
-    """Replace arrays by read-only ones in a file without a name, which goes with the last of them.
+    """Replace arrays by such in a file without a name, which goes with the last of them.
 
     What was read once, such as weights that a library keeps a packed copy of, leaves memory when others want
-    it. What the disk has no room for stays in memory.
+    it. They may be written to, as some libraries want it, and what is written stays in memory. What the disk
+    has no room for stays in memory too.
     """
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,4 +39,4 @@ def spill(arrays: dict[str, Array], folder: Path) -> None:
                     start = file.seek(-file.tell() % _ALIGNMENT, SEEK_CUR)
                     file.write(np.ascontiguousarray(array).data)
                     file.flush()
-                    arrays[name] = np.memmap(file, array.dtype, "r", start, array.shape)
+                    arrays[name] = np.memmap(file, array.dtype, "c", start, array.shape)

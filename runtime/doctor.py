@@ -32,7 +32,7 @@ from ..engines.processors import (
 Facts = Mapping[str, Any]  # plain data, for JSON
 
 _LIBRARIES = (
-    *("numpy", "pillow", "tokenizers", "onnx-ir", "cuda-bindings", "nvidia-ml-py"),
+    *("numpy", "pillow", "tokenizers", "onnx-ir", "openvino", "cuda-bindings", "nvidia-ml-py"),
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     *("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     *("torch", "diffusers", "transformers", "onnx", "onnxscript"),

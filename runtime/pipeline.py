@@ -180,7 +180,8 @@ class Pipeline:
                 of a checkpoint that was opened before, or a model of a hub (`org/name`,
                 `org/name@revision`), which is fetched first.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
-            device: "auto", "cpu", "cuda", or "cuda:N" for another than the first CUDA device.
+            device: "auto", "cpu", "cuda", or "cuda:N" for another than the first CUDA device;
+                "openvino:GPU" and the like for what OpenVINO drives besides.
             threads: of the CPU backend; None is every processor this process may use.
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.

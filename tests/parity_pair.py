@@ -65,9 +65,9 @@ def exported(factory: pytest.TempPathFactory, recipe: str) -> Path:
 class Pair:
     """A checkpoint of random weights, with its package."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: str = "auto") -> None:
         self.checkpoint = folder / "checkpoint"
-        self.ours = Pipeline.open(folder / "package")
+        self.ours = Pipeline.open(folder / "package", backend=backend)
         self._references: dict[str, Any] = {}
 
     def reference(self, kind: str, scheduler: str | None = None, **options: Any) -> Any:

@@ -47,8 +47,8 @@ def controlnet(unet: Any, scale: int, seed: int) -> Any:
 class Steered(Pair):
     """A model with two ControlNets, here and in diffusers."""
 
-    def __init__(self, folder: Path, made: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, made: Path, backend: str = "auto") -> None:
+        super().__init__(folder, backend)
         self.made, unet = made, self._unet()
         self.nets = [controlnet(unet, self.ours.package.manifest.latent_scale, seed) for seed in (1, 2)]
         for number, net in enumerate(self.nets):

@@ -40,7 +40,12 @@ ARROWS = {
 ROOMS: dict[str, list[set[str]]] = {
     "runtime": [{"sampling", "pictures", "prompts"}, {"controls"}, {"request"}, {"loop"}, {"steering"}],
     "runtime/loop": [{"device"}],
-    "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
+    "engines": [
+        {"cuda", "store", "graphs", "tuning"},
+        {"tensorrt"},
+        {"onnxruntime", "openvino"},
+        {"contest"},
+    ],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
     "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
@@ -69,8 +74,9 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "cli": {"torch"},
     # Lowering a graph for one provider takes a graph library, imported on first use.
     "engines/onnxruntime/lowering": {"onnx", "onnx_ir"},
+    "engines/graphs": {"onnx", "onnx_ir"},
 }
-ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+ENGINE_LIBRARIES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
 # What checks and measures graphs at export time runs them.
 MAY_RUN = ("engines/", "benchmarks/", "export/verify", "checkpoints/precision")
 

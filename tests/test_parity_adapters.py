@@ -139,8 +139,8 @@ def added(*weighted: tuple[Adapter, Any]) -> Iterator[None]:
 
 
 class AdaptedPair(Pair):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, backend: str = "auto") -> None:
+        super().__init__(folder, backend)
         self.folder_name = folder.name
         self.kind = "StableDiffusionXLPipeline" if "xl" in folder.name else "StableDiffusionPipeline"
 

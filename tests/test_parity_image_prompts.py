@@ -105,8 +105,8 @@ def projection(kind: str, context: int) -> tuple[dict[str, torch.Tensor], dict[s
 class Prompted(Pair):
     """A model with IP-Adapters of every kind, here and in diffusers."""
 
-    def __init__(self, folder: Path, made: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, made: Path, backend: str = "auto") -> None:
+        super().__init__(folder, backend)
         unet, self.made = self._unet(), made
         torch.manual_seed(3)
         self.encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval()

@@ -16,11 +16,11 @@ import numpy as np
 from ...engines.backends import BACKENDS
 from ...engines.cuda import facts as cuda_facts
 from ...engines.onnxruntime.backend import ONNXRUNTIME
-from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.profiles import Profile
 from ...engines.spec import TEXT_ENCODERS, Array
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import built_nets
+from ...engines.tuning.choice import tuned_nets
 from ...runtime.loop.device.programs import input_shapes
 from ...runtime.loop.sharing import Ended, Failed, SharedSteps
 from ...runtime.pipeline import Pipeline, Step

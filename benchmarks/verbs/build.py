@@ -15,12 +15,12 @@ from typing import Any
 from ...engines.backends import BACKENDS
 from ...engines.cuda.facts import DeviceFacts, available, facts
 from ...engines.errors import BackendError, LatentrtError
-from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import build_package, built_nets
 from ...engines.tensorrt.builder import BuildOptions
+from ...engines.tuning.choice import tuned_nets
 from ..machine import clocks, describe_machine
 from ..records import Document, Row, Status
 from ..sides.contract import OURS

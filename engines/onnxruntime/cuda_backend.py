@@ -101,8 +101,8 @@ def _open_net(
     package: Package, name: str, device: CudaDevice, store: EngineStore, profile: Path | None
 ) -> tuple[DeviceNet, str]:
     """A net in the fastest layout that is known or can be made, and why none but `plain` can be."""
+    from ..tuning.choice import TUNED_NETS
     from .lowering.lower import lower
-    from .tuning.choice import TUNED_NETS
     from .tuning.cuda_layouts import LOWERED_NETS, stored_graph
 
     opened = partial(open_onnxruntime_net, package, name, device, profile=profile)

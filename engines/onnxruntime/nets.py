@@ -231,7 +231,7 @@ def give_changes(options: Any, package: Package, name: str, content: bytes | Non
     """
     if not package.changes:
         return None
-    from .lowering.changed import changed_graph
+    from ..graphs.changed import changed_graph
 
     make = library().OrtValue.ortvalue_from_numpy
     path = package.path(package.manifest.nets[name].graph)

@@ -39,6 +39,15 @@ def default_root() -> Path:
     return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "latentrt"
 
 
+def has_engines(root: Path) -> bool:
+    """Whether a store has anything in it, without opening it. Never raises."""
+    try:
+        with os.scandir(root / "engines") as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
 @contextmanager
 def storage_errors(
     root: Path, what: str, *, only_full: bool = False, room: str = "the whole engine"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
 from ...engines.backend import AdaptingBackend, Backend, DeviceBackend, HostBackend, Place, choose_backend
+from ...engines.backends import BACKENDS
 from ...engines.device import Device
 from ...engines.errors import BackendError
 from ...engines.installed import latentrt_version
@@ -25,7 +27,7 @@ class LoopOptions:
     """How a loop is opened. `threads` count on the host only, `graphs` on a device.
 
     Attributes:
-        device: "auto", "cpu", "cuda", or "cuda:N" for another than the first.
+        device: as `engines.backend.Place.parse` takes it.
         backend: a name of `engines.backend.BACKENDS`, or "auto".
         threads: of a CPU backend; None is one for every processor this process may use.
         graphs: whether rows are replayed as a CUDA graph: "on", "off", or "auto", where that is faster.
@@ -51,6 +53,8 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[PackageLoop, str]
     refused, place = dict[str, BackendError](), Place.parse(options.device)
     while True:
         name, engine = choose_backend(options.backend, refused, place)
+        if options.backend == "auto":
+            name, engine = _measured(package, name, engine, refused)
         try:
             return _open(package, name, engine, options, place.index)
         except BackendError as error:
@@ -59,6 +63,25 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[PackageLoop, str]
             # Such as a CUDA provider without its libraries, which only opening can find out.
             _LOG.warning("%s does not open: %s", name, error)
             refused[name] = error
+
+
+def _measured(
+    package: Package, name: str, engine: Backend, refused: Mapping[str, BackendError]
+) -> tuple[str, Backend]:
+    """What `latentrt build --backend auto` found to be faster than ONNX Runtime, else the same."""
+    if name != "onnxruntime":
+        return name, engine
+    from ...engines.contest.fastest import fastest_host
+
+    found = fastest_host(package)
+    if found is None or found.backend == name or found.backend in refused:
+        return name, engine
+    other: Backend = BACKENDS[found.backend].load()
+    if why := other.refusal():
+        _LOG.warning("%s was measured to be faster and cannot run any more: %s", found.backend, why.found)
+        return name, engine
+    _LOG.info("auto takes %s in place of %s: %s, as was measured here", found.backend, name, found.reason)
+    return found.backend, other
 
 
 def _open(

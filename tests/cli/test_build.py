@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import pytest
 
 from latentrt import cli
 from latentrt.cli import build as build_verb
+from latentrt.engines.backends import BackendRow
+from latentrt.engines.contest import hosts
+from latentrt.engines.contest.hosts import measure_hosts
 from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime.nets import cuda_available
+from latentrt.engines.openvino import library as openvino_library
 from latentrt.engines.tensorrt.flavour import flavour
+from latentrt.engines.tuning import runs
+from tests.engines.test_contest import FASTER, Opener
 
 QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
 
@@ -192,3 +199,61 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_opened(latentrt
     code, _, err = latentrt("no such model", "--backend", "onnxruntime-cuda")
     assert code == 4
     assert "the backend onnxruntime-cuda cannot run here" in err
+
+
+# ── which backend is the fastest ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO's nets take a tenth of ONNX Runtime's, whose layouts take no time to measure."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runs, "LONG", 0.0)
+    monkeypatch.setattr(hosts, "measure_hosts", partial(measure_hosts, rounds=1, opened=Opener(**FASTER)))
+    monkeypatch.setattr(BackendRow, "tune_package", lambda _: lambda *_: ())
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_fastest_backend_is_told_and_remembered(latentrt: Any) -> None:
+    code, out, err = latentrt("demo", "--backend", "auto")
+    lines = out.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines] == ["unet", "vae_decoder", "picture", "auto"]
+    assert all("onnxruntime " in line and " ms (1.00x), openvino " in line for line in lines[:3])
+    assert lines[3] == "auto takes openvino for this model from now on"
+    code, out, err = latentrt("demo", "--backend", "auto", "--json")
+    found = json.loads(out)
+    assert (code, err, found["fastest"]) == (0, "", "openvino")
+    assert [(one["net"], one["cached"]) for one in found["nets"]] == [("unet", True), ("vae_decoder", True)]
+    assert found["picture"].keys() == {"onnxruntime", "openvino"}
+
+
+@pytest.mark.usefixtures("measured")
+def test_why_a_backend_is_out_is_told(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Opener(**{**FASTER, "openvino": (0.0, 2.0)})
+    monkeypatch.setattr(hosts, "measure_hosts", partial(measure_hosts, rounds=1, opened=wrong))
+    out = latentrt("demo", "--backend", "auto")[1]
+    assert "  openvino is out at unet: its output is " in out
+    assert out.endswith("auto takes onnxruntime for this model from now on\n")
+
+
+@pytest.mark.parametrize(
+    "option", [["--nets", "unet"], ["--control", "edges"], ["--dry-run"], ["--profile", "64x64"]]
+)
+def test_options_that_a_contest_does_not_use(latentrt: Any, option: list[str]) -> None:
+    code, _, err = latentrt("demo", "--backend", "auto", *option)
+    assert code == 2
+    assert f"{option[0]} was given with --backend auto" in err
+
+
+def test_a_contest_needs_every_backend(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_library, "find_spec", lambda name: None)
+    code, _, err = latentrt("demo", "--backend", "auto")
+    assert code == 4
+    assert "openvino is not installed" in err
+
+
+def test_nothing_is_built_for_openvino(latentrt: Any) -> None:
+    code, _, err = latentrt("demo", "--backend", "openvino")
+    assert code == 2
+    assert "there is nothing to build for openvino" in err

@@ -17,6 +17,7 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import session
+from latentrt.engines.openvino import library
 from latentrt.engines.processors import usable_processors
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.runtime import doctor as runtime_doctor
@@ -75,7 +76,8 @@ def test_in_words(doctor: Any, store: Path) -> None:
 
 
 def test_nothing_can_draw(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    for module in (session, library):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     code, out = doctor()
     assert code == 4
     assert "auto takes none of them" in out
@@ -84,7 +86,9 @@ def test_nothing_can_draw(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, json.loads(out)["can_draw"], json.loads(out)["auto"]) == (4, False, "")
 
 
-@pytest.mark.parametrize("broken", [["numpy"], ["PIL"], ["tokenizers", "cuda", "pynvml"], ["onnxruntime"]])
+@pytest.mark.parametrize(
+    "broken", [["numpy"], ["PIL"], ["tokenizers", "cuda", "pynvml"], ["onnxruntime", "openvino"]]
+)
 def test_broken_installations_are_findings(broken: list[str], store: Path) -> None:
     """What is None in sys.modules raises ImportError, wherever it is imported."""
     store.mkdir()

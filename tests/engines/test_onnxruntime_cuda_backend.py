@@ -20,12 +20,12 @@ from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.lowering.lower import REVISION, lower
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
-from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, layout_key, stored_graph
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore, Miss
 from latentrt.engines.store.key import EngineKey
+from latentrt.engines.tuning.choice import TUNED_NETS
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import DEVICE_NETS
 from tests.engines.layout_setting import GPU, KnownHost, open_on_cpu, oracle_opener

@@ -13,7 +13,6 @@ from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import cuda_available, open_onnxruntime_net
-from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
@@ -21,6 +20,7 @@ from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
+from latentrt.engines.tuning.choice import TUNED_NETS
 from latentrt.runtime.model import SHIPPED
 from tests.engines.net_inputs import random_inputs
 

@@ -10,7 +10,12 @@ import pytest
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.tuning import cuda as onnxruntime_tuning
-from latentrt.engines.onnxruntime.tuning.choice import (
+from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS
+from latentrt.engines.onnxruntime.tuning.cuda import tune_package
+from latentrt.engines.package import Package
+from latentrt.engines.store.engine_store import BuildProgress, EngineStore
+from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
+from latentrt.engines.tuning.choice import (
     MARGIN,
     ROUNDS,
     TUNED_NETS,
@@ -20,11 +25,6 @@ from latentrt.engines.onnxruntime.tuning.choice import (
     choose_layout,
     measured_profile,
 )
-from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS
-from latentrt.engines.onnxruntime.tuning.cuda import tune_package
-from latentrt.engines.package import Package
-from latentrt.engines.store.engine_store import BuildProgress, EngineStore
-from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
 from latentrt.runtime.model import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu
 

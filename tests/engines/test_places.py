@@ -22,15 +22,20 @@ from latentrt.runtime.pipeline import Pipeline
         ("cuda", Place(True, 0)),
         ("cuda:0", Place(True, 0)),
         ("cuda:3", Place(True, 3)),
+        ("openvino:GPU", Place(False, 0, "GPU")),
+        ("openvino:GPU.1", Place(False, 0, "GPU.1")),
     ],
 )
 def test_devices_by_name(text: str, place: Place) -> None:
     assert Place.parse(text) == place
+    assert str(place) == text.removesuffix(":0").removesuffix(":3")
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cuda:99999"])
+@pytest.mark.parametrize(
+    "text", ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cuda:99999", "openvino:", "openvino:gpu"]
+)
 def test_what_is_no_device(text: str) -> None:
-    with pytest.raises(UsageError, match="expected auto, cpu, cuda, or cuda:N"):
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda, cuda:N, or as openvino:GPU"):
         Pipeline.open("demo", device=text)
 
 
@@ -43,6 +48,18 @@ def test_a_device_decides_which_backends_are_asked() -> None:
         choose_backend("onnxruntime", place=Place.parse("cuda:1"))
     with pytest.raises(UsageError, match="the backend tensorrt-rtx with the device cpu"):
         choose_backend("tensorrt-rtx", place=Place.parse("cpu"))
+
+
+def test_a_device_of_openvino() -> None:
+    """Here it has the CPU alone."""
+    pytest.importorskip("openvino")
+    for name in ("auto", "openvino"):
+        with pytest.raises(BackendError, match=r"openvino has no device NPU: there is CPU.*--device cpu"):
+            choose_backend(name, place=Place.parse("openvino:NPU"))
+    name, backend = choose_backend("auto", place=Place.parse("openvino:CPU"))
+    assert (name, backend.describe()[:9]) == ("openvino", "openvino ")
+    with pytest.raises(UsageError, match="the backend onnxruntime with the device openvino:GPU"):
+        choose_backend("onnxruntime", place=Place.parse("openvino:GPU"))
 
 
 def test_the_loop_is_opened_on_the_device_of_that_index(monkeypatch: pytest.MonkeyPatch) -> None:

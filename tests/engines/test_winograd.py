@@ -21,12 +21,13 @@ from latentrt.engines.onnxruntime.lowering.winograd import TILES, Kernel, choose
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cpu_layouts
-from latentrt.engines.onnxruntime.tuning.choice import Choice, Measured, choose_layout
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu, tune_package
 from latentrt.engines.onnxruntime.tuning.cpu_layouts import LoweredGraph, cpu_key, lowered_graph
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tuning import runs
+from latentrt.engines.tuning.choice import Choice, Measured, choose_layout
 from tests.tiny_package import external, write_graph
 
 DEMO = Path(__file__).parents[2] / "demo" / "package"
@@ -226,7 +227,7 @@ def decide(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with few pixels."""
-    real = cpu_tuning.measured_profile
+    real = runs.measured_profile
 
     def profile(package: Package, net: str) -> Any:
         found = real(package, net)
@@ -242,7 +243,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return type(found)(**{**vars(found), "shapes": shapes})
 
-    monkeypatch.setattr(cpu_tuning, "measured_profile", profile)
+    monkeypatch.setattr(runs, "measured_profile", profile)
 
 
 @pytest.mark.parametrize("layout", ["fused", "winograd"])

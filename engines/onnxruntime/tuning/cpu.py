@@ -6,35 +6,29 @@ is one net on one kind of processor, with one number of cores and one release of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from ...errors import BackendError
 from ...package import Package
-from ...spec import DTYPES, Array
+from ...spec import Array
 from ...store.engine_store import BuiltEngine, EngineStore, Miss, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
+from ...tuning.choice import Measured, choice_facts, choose_layout, tuned_nets
+from ...tuning.runs import measured_inputs, milliseconds
 from ..lowering.files import LoweredGraph, check_lowering, read_graph, write_graph
 from ..lowering.fused import lower_attention, lower_geglus, lower_group_norms
 from ..lowering.winograd import Kernel, lower_convolutions
 from ..nets import OnnxRuntimeNet
 from ..session import library
-from .choice import Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from .cpu_layouts import CPU_LAYOUTS, cpu_key
 
 CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth
 _WARM_UP = 1
-_LONG = 0.5  # seconds: of shorter runs the median of several is taken, the first left out
-_MOST = 40
-_SEED = 0
 
 
 def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> LoweredGraph:
@@ -111,11 +105,7 @@ class _Trials:
     def choose(self, path: Path) -> dict[str, Any]:
         """Write the graph of the fastest layout to `path`, and return the figures."""
         manifest = self.package.manifest
-        spec = manifest.nets[self.net].spec
-        shapes = {name: three[1] for name, three in measured_profile(self.package, self.net).shapes.items()}
-        rng = np.random.default_rng(_SEED)
-        for tensor in spec.inputs:
-            self.inputs[tensor.name] = rng.standard_normal(shapes[tensor.name]).astype(DTYPES[tensor.dtype])
+        self.inputs = measured_inputs(self.package, self.net)
         choice = choose_layout(
             self.measure,
             CPU_LAYOUTS,
@@ -146,12 +136,4 @@ class _Trials:
         self.done += 1
         total = (self.rounds + _WARM_UP) * len(CPU_LAYOUTS)
         self.report(f"timing {name}", min(self.done / total, 1.0))
-        took = [self._seconds(net)]
-        if took[0] < _LONG:
-            took = [self._seconds(net) for _ in range(min(round(_LONG / took[0]), _MOST) + 1)]
-        return 1000 * median(took)
-
-    def _seconds(self, net: OnnxRuntimeNet) -> float:
-        began = time.perf_counter()
-        net(**self.inputs)
-        return time.perf_counter() - began
+        return milliseconds(lambda: net(**self.inputs))

@@ -8,19 +8,17 @@ passes here and most machines have measured nothing, so the store is imported on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LatentrtError
 from ...package import Package
 from ...processors import processor, usable_processors
-from ...store.files import default_root
+from ...store.files import default_root, has_engines
+from ...tuning.choice import TUNED_NETS
 from ..lowering.files import LoweredGraph
 from ..lowering.winograd import Kernel
-from .choice import TUNED_NETS
 
 if TYPE_CHECKING:
     from ...store.engine_store import EngineStore
@@ -59,7 +57,7 @@ def lowered_graph(
     Whatever is wrong with the store, nothing is raised: None is always right, if slower. `store` is the
     user's own unless given.
     """
-    if net not in TUNED_NETS or (store is None and not _has_engines(default_root())):
+    if net not in TUNED_NETS or (store is None and not has_engines(default_root())):
         return None
     from ...store.engine_store import EngineStore, Miss
 
@@ -75,9 +73,12 @@ def lowered_graph(
     return None
 
 
-def _has_engines(root: Path) -> bool:
-    try:
-        with os.scandir(root / "engines") as entries:
-            return next(entries, None) is not None
-    except OSError:
-        return False
+def known_layout(package: Package, net: str, version: str, store: EngineStore) -> str:
+    """The name of the layout that was measured to be the fastest here, "plain" where none was."""
+    from ...store.engine_store import Entry
+
+    with suppress(LatentrtError, OSError, ValueError, KeyError):
+        found = store.find(cpu_key(package, net, version))
+        if isinstance(found, Entry):
+            return str(found.facts["layout"])
+    return "plain"

@@ -19,10 +19,18 @@ from ...package import Package
 from ...spec import DTYPES, Array, output_shapes
 from ...store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
+from ...tuning.choice import (
+    ROUNDS,
+    WARM_UP,
+    Measured,
+    choice_facts,
+    choose_layout,
+    measured_profile,
+    tuned_nets,
+)
 from ..lowering.files import check_lowering
 from ..lowering.lower import lower
 from ..nets import cuda_refusal, open_onnxruntime_net
-from .choice import ROUNDS, WARM_UP, Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from .cuda_layouts import CUDA_LAYOUTS, layout_key
 
 RUNS = 4  # enqueued for one wait, as the loop enqueues them

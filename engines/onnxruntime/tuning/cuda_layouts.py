@@ -15,9 +15,9 @@ from ...package import Package
 from ...spec import TEXT_ENCODERS
 from ...store.engine_store import EngineStore, Entry
 from ...store.key import EngineKey, Target, package_key
+from ...tuning.choice import TUNED_NETS, measured_profile
 from ..lowering.lower import REVISION
 from ..session import library
-from .choice import TUNED_NETS, measured_profile
 
 # The simplest first, which is also what others are compared with: `plain` is the package's own graph, and
 # `nhwc` what `lowering.lower` makes of it.

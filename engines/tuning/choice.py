@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UsageError
-from ...package import Package
-from ...profiles import NetProfile, fixed_profile, net_profiles
-from ...spec import Array
-from ...tolerances import ROUNDED_RELATIVE_L2, relative_l2
+from ..errors import UsageError
+from ..package import Package
+from ..profiles import NetProfile, fixed_profile, net_profiles
+from ..spec import Array
+from ..tolerances import ROUNDED_RELATIVE_L2, relative_l2
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
 ROUNDS = 20

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ...net_weights import changed_names, changed_values, check_range
-from ...package import Package
-from ...spec import Array
+from ..net_weights import changed_names, changed_values, check_range
+from ..package import Package
+from ..spec import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -1,0 +1,111 @@
+"""What the engine store knows of the backends that run nets on the host, looked up when a model is opened.
+
+`hosts.py` measures. Every start passes here and most machines have measured nothing, so the store is imported
+only where it has entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from ..backends import BACKENDS
+from ..errors import LatentrtError
+from ..onnxruntime.session import library
+from ..onnxruntime.tuning.cpu_layouts import known_layout
+from ..package import Package
+from ..processors import processor, usable_processors
+from ..store.files import default_root, has_engines
+from ..tuning.choice import MARGIN, TUNED_NETS
+
+if TYPE_CHECKING:
+    from ..store.engine_store import EngineStore
+    from ..store.key import EngineKey
+
+# The first is what the others are compared with, and what "auto" takes where nothing was measured.
+HOSTS = tuple(row.name for row in BACKENDS.values() if not row.on_device)
+_REVISION = 1  # raised when a net of one of them is opened in another way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The backend that draws a model the fastest, and what a picture takes with each.
+
+    Attributes:
+        backend: of `HOSTS`.
+        milliseconds: by backend, of those that computed every net right: the model's own number of calls of
+            the UNet, with guidance, and the decoder once.
+    """
+
+    backend: str
+    milliseconds: Mapping[str, float]
+
+    @property
+    def reason(self) -> str:
+        """The figures in words."""
+        times = ", ".join(f"{value / 1000:.3g} s with {name}" for name, value in self.milliseconds.items())
+        return f"a picture takes {times}"
+
+
+def contest_key(package: Package, net: str, store: EngineStore) -> EngineKey:
+    """The key of what was measured with a net on this machine.
+
+    Another release of either library, and another layout of ONNX Runtime's net, is another key.
+    """
+    from ..store.key import Target, package_key
+
+    onnxruntime = str(library().__version__)
+    defaults = package.manifest.defaults
+    return package_key(
+        package,
+        net,
+        backend=HOSTS[-1],
+        version=f"{version('openvino')}, onnxruntime {onnxruntime}",
+        target=Target(
+            compute_capability="cpu", gpu=f"{processor()}, {usable_processors()} cores", driver="any"
+        ),
+        profiles=(f"{defaults.width}x{defaults.height}",),
+        flags=sorted(
+            (f"contest {_REVISION}", *HOSTS, f"layout {known_layout(package, net, onnxruntime, store)}")
+        ),
+    )
+
+
+def fastest_host(package: Package, store: EngineStore | None = None) -> Standing | None:
+    """The backend that draws this model the fastest on this machine; None where that was not measured.
+
+    Whatever is wrong with the store, nothing is raised. `store` is the user's own unless given.
+    """
+    if store is None and not has_engines(default_root()):
+        return None
+    from ..store.engine_store import EngineStore, Miss
+
+    with suppress(LatentrtError, OSError, ValueError, KeyError, TypeError, ImportError):
+        store = store or EngineStore()
+        facts = dict[str, Mapping[str, Any]]()
+        for net in (net for net in TUNED_NETS if net in package.manifest.nets):
+            found = store.find(contest_key(package, net, store))
+            if isinstance(found, Miss):
+                return None
+            found.read()  # `prune` goes by when an entry was read last
+            facts[net] = found.facts
+        return standing(package, facts) if facts else None
+    return None
+
+
+def standing(package: Package, facts: Mapping[str, Mapping[str, Any]]) -> Standing:
+    """Add up what was measured of each net (`choice.choice_facts`). Raises KeyError for other facts."""
+    calls = {"unet": package.manifest.defaults.num_inference_steps}
+    measured = {net: one["milliseconds"] for net, one in facts.items()}
+    totals = {
+        name: sum(calls.get(net, 1) * float(times[name]) for net, times in measured.items())
+        for name in HOSTS
+        if all(name in times for times in measured.values())
+    }
+    most = min(totals.values()) * (1 + MARGIN)
+    return Standing(
+        backend=next(name for name, total in totals.items() if total <= most), milliseconds=totals
+    )

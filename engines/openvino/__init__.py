@@ -1,0 +1,1 @@
+"""OpenVINO on a CPU, and on Intel's other devices."""

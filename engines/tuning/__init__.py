@@ -1,0 +1,1 @@
+"""Which of several ways to run a net is the fastest here, whoever runs it."""

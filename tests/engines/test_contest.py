@@ -1,0 +1,200 @@
+"""Which backend draws the fastest on the host: measured, remembered, and taken by "auto"."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.contest import fastest
+from latentrt.engines.contest.fastest import HOSTS, Standing, fastest_host, standing
+from latentrt.engines.contest.hosts import measure_hosts, open_net
+from latentrt.engines.errors import BackendError
+from latentrt.engines.package import Package
+from latentrt.engines.spec import DTYPES, output_shapes
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tuning import runs
+from latentrt.runtime.loop import open as loops
+from latentrt.runtime.loop.open import LoopOptions, open_loop
+from latentrt.runtime.model import SHIPPED
+
+pytest.importorskip("openvino")
+
+DEMO = Package.open(SHIPPED["demo"])
+
+
+class Sleeper:
+    """A net that takes a while for outputs that are all alike."""
+
+    def __init__(self, package: Package, net: str, seconds: float, value: float = 1.0) -> None:
+        self.spec = package.manifest.nets[net].spec
+        self.seconds, self.value, self.closed = seconds, value, 0
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        sleep(self.seconds)
+        shapes = output_shapes(self.spec, {name: array.shape for name, array in arrays.items()})
+        return {
+            item.name: np.full(shapes[item.name], self.value, DTYPES[item.dtype])
+            for item in self.spec.outputs
+        }
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Opener:
+    """Opens sleepers: (seconds, value) by backend."""
+
+    def __init__(self, **sleepers: tuple[float, float]) -> None:
+        self.sleepers = sleepers
+        self.opened: list[Sleeper] = []
+
+    def __call__(self, backend: str, package: Package, net: str) -> Any:
+        self.opened.append(Sleeper(package, net, *self.sleepers[backend]))
+        return self.opened[-1]
+
+
+FASTER = {"onnxruntime": (0.03, 1.0), "openvino": (0.003, 1.0)}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
+    """The user's own."""
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "store"))
+    monkeypatch.setattr(runs, "LONG", 0.0)
+    return EngineStore()
+
+
+def test_the_faster_one_is_remembered(store: EngineStore) -> None:
+    assert fastest_host(DEMO) is None
+    opener = Opener(**FASTER)
+    found = measure_hosts(DEMO, store, rounds=2, opened=opener)
+    assert [item.net for item in found] == ["unet", "vae_decoder"]
+    assert [net.closed for net in opener.opened] == [1] * 4
+    winner = fastest_host(DEMO)
+    assert winner is not None
+    assert winner == fastest_host(DEMO, store)
+    assert winner.backend == "openvino"
+    assert winner.milliseconds["openvino"] < winner.milliseconds["onnxruntime"]
+    assert winner.reason.startswith("a picture takes ")
+    again = measure_hosts(DEMO, store, opened=Opener())
+    assert [item.why for item in again] == ["", ""], "nothing is opened"
+
+
+def test_each_backend_for_real_draws_the_same(store: EngineStore) -> None:
+    found = measure_hosts(DEMO, store, rounds=1)
+    for item in found:
+        assert item.entry.facts["rejected"] == {}
+        assert set(item.entry.facts["milliseconds"]) == set(HOSTS)
+        assert 0 < item.entry.facts["relative_l2"]["openvino"] < 1e-4
+
+
+def test_one_that_computes_something_else_is_out(store: EngineStore) -> None:
+    opener = Opener(**{**FASTER, "openvino": (0.003, 2.0)})
+    found = measure_hosts(DEMO, store, rounds=1, opened=opener)
+    assert all("relative L2" in item.entry.facts["rejected"]["openvino"] for item in found)
+    winner = fastest_host(DEMO)
+    assert winner is not None
+    assert (winner.backend, list(winner.milliseconds)) == ("onnxruntime", ["onnxruntime"])
+
+
+def test_other_releases_and_layouts_are_measured_anew(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_hosts(DEMO, store, rounds=1, opened=Opener(**FASTER))
+    for name, value in (("version", lambda _: "2027.1"), ("known_layout", lambda *_: "winograd")):
+        with monkeypatch.context() as patched:
+            patched.setattr(fastest, name, value)
+            assert fastest_host(DEMO) is None
+    assert fastest_host(replace(DEMO, manifest=replace(DEMO.manifest, dtype="fp16"))) is None
+
+
+def test_whatever_is_wrong_with_the_store_is_no_error(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_hosts(DEMO, store, rounds=1, opened=Opener(**FASTER))
+    for entry in (store.root / "engines").iterdir():
+        (entry / "engine.bin").write_bytes(b"")
+    assert fastest_host(DEMO) is None
+
+    def gone(_: str) -> str:
+        raise ModuleNotFoundError("openvino")
+
+    monkeypatch.setattr(fastest, "version", gone)
+    assert fastest_host(DEMO) is None
+
+
+@pytest.mark.parametrize(
+    ("onnxruntime", "openvino", "backend"),
+    [
+        ((100, 500), (90, 600), "openvino"),  # of a picture of 20 steps 2.5 s against 2.4 s
+        ((100, 500), (99.5, 500), "onnxruntime"),  # within the margin the simpler one
+        ((100, 500), (110, 400), "onnxruntime"),
+        ((100, 500), (None, 1), "onnxruntime"),
+    ],
+)
+def test_a_picture_is_what_counts(
+    onnxruntime: tuple[float, float], openvino: tuple[float | None, float], backend: str
+) -> None:
+    defaults = replace(DEMO.manifest.defaults, num_inference_steps=20)
+    package = replace(DEMO, manifest=replace(DEMO.manifest, defaults=defaults))
+    facts: dict[str, Mapping[str, Any]] = {}
+    for index, net in enumerate(("unet", "vae_decoder")):
+        times = {"onnxruntime": onnxruntime[index], "openvino": openvino[index]}
+        facts[net] = {"milliseconds": {name: took for name, took in times.items() if took is not None}}
+    found = standing(package, facts)
+    assert found.backend == backend
+    assert found.milliseconds["onnxruntime"] == 20 * onnxruntime[0] + onnxruntime[1]
+
+
+# ── "auto" ───────────────────────────────────────────────────────────────────────────────────────────
+
+WINNER = Standing(backend="openvino", milliseconds={"onnxruntime": 9000.0, "openvino": 8000.0})
+
+
+def description(options: LoopOptions) -> str:
+    loop, text = open_loop(DEMO, options)
+    loop.close()
+    return text
+
+
+def test_auto_takes_what_was_measured_and_says_why(store: EngineStore, logged: list[str]) -> None:
+    assert description(LoopOptions()).startswith("onnxruntime ")
+    measure_hosts(DEMO, store, rounds=1, opened=Opener(**FASTER))
+    assert description(LoopOptions()).startswith("openvino ")
+    assert any("auto takes openvino in place of onnxruntime: a picture takes " in line for line in logged)
+    assert description(LoopOptions(backend="onnxruntime")).startswith("onnxruntime ")
+
+
+def test_auto_without_it_draws_all_the_same(monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+    monkeypatch.setattr(fastest, "fastest_host", lambda _: WINNER)
+    gone = BackendError("openvino is not installed", expected="it", fix="Install it.")
+    kind = type(BACKENDS["openvino"].load())
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "refusal", lambda _: gone)
+        assert description(LoopOptions()).startswith("onnxruntime ")
+        assert "openvino was measured to be faster and cannot run any more: openvino is not" in str(logged)
+
+    def fails(*_: object, **__: object) -> Any:
+        raise BackendError("it does not compile", expected="it", fix="Leave it.")
+
+    monkeypatch.setattr(kind, "open_net", fails)
+    assert description(LoopOptions()).startswith("onnxruntime ")
+    assert "openvino does not open: it does not compile" in str(logged)
+
+
+def test_what_is_on_a_gpu_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "fastest_host", lambda _: WINNER)
+    engine: Any = object()
+    assert loops._measured(DEMO, "onnxruntime-cuda", engine, {}) == ("onnxruntime-cuda", engine)
+
+
+def test_nets_are_opened_by_the_backend_of_that_name() -> None:
+    for name in HOSTS:
+        with_it: Any = open_net(name, DEMO, "unet_time")
+        assert name in type(with_it).__module__
+        with_it.close()
