@@ -114,7 +114,6 @@ def test_a_dry_run_builds_nothing(latentrt: Any, tmp_path: Path) -> None:
         (["--weights", "refittable"], 4, "--weights refittable (REFIT_INDIVIDUAL) needs a GPU"),
         (["--optimization-level", "9"], 2, "optimization level is 9"),
         (["--nets", "unet,vae"], 2, "no net 'vae' to build"),
-        (["--backend", "auto"], 4, "'auto' builds no engines"),
         (["--backend", "tensorrt"], 4, install_command("tensorrt")),
         (["--hardware-compatibility", "ampere_plus"], 4, "ignores the hardware compatibility"),
         (["nowhere"], 3, "nowhere does not exist"),
