@@ -53,7 +53,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class HostBackend(Backend, Protocol):
-    """A backend whose nets are called with arrays."""
+    """A backend whose nets are called with arrays.
+
+    One that makes a net anew for each number of rows says so by an attribute `fixed_shapes` that is true.
+    """
 
     def open_net(self, package: Package, name: str, *, threads: int | None) -> Net:
         """Load one net of a package; `threads` is for one run, None is every processor."""

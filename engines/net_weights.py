@@ -18,8 +18,10 @@ from .processors import usable_processors
 from .spec import NETS, Array
 
 # The number of a type in onnx.proto3 -> NumPy's name of it; the second line's are from ml_dtypes.
-_DTYPES = {1: "float32", 10: "float16", 11: "float64"}
+_DTYPES = {1: "float32", 3: "int8", 10: "float16", 11: "float64"}
 _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
+_INT4 = 22  # two values to a byte, the first in the low bits
+_SIZES = {3: 1, 17: 1, 19: 1, _INT4: 0.5}  # bytes per value that a rounded package's engines keep
 # How `checkpoints.graphs.weights.attach` calls the node that it puts behind a weight.
 _TURNED = "/transpose"
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
@@ -151,7 +153,7 @@ def reading_changes(package: Package, net: str) -> Generator[None]:
 
 
 def weight_values(tensor: ExternalTensor, folder: Path, *, writable: bool = False) -> Array:
-    """A weight as it is stored: a view of the mapped file, whose pages are read when used.
+    """A weight as it is stored: a view of the mapped file, whose pages are read when used; four bits as int8.
 
     Some libraries take no array that they could not write to. What is written to a `writable` one stays in
     memory, and never reaches the file.
@@ -164,6 +166,9 @@ def weight_values(tensor: ExternalTensor, folder: Path, *, writable: bool = Fals
     stored = whole[tensor.offset : tensor.offset + tensor.length]
     if tensor.dtype in _DTYPES:
         return stored.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if tensor.dtype == _INT4:
+        pairs: Any = np.stack([stored << 4, stored], axis=1)
+        return (pairs.view(np.int8) >> 4).reshape(tensor.shape)
     import ml_dtypes
 
     return stored.view(getattr(ml_dtypes, _ML_DTYPES[tensor.dtype])).reshape(tensor.shape)
@@ -172,10 +177,12 @@ def weight_values(tensor: ExternalTensor, folder: Path, *, writable: bool = Fals
 def engine_bytes(
     package: Package, net: str, graph: bytes | None = None, *, without: Collection[str] = ()
 ) -> int:
-    """About how large the net's engine becomes: its weights at the width of the arithmetic.
+    """About how large the net's engine becomes: its weights at the width of the arithmetic, or rounded.
 
     `graph` and errors as in `net_tensors`; `without` are weights that are not counted.
     """
+    width = _WIDTHS[package.manifest.dtype]
+    narrow = _SIZES if package.manifest.quantised else {}
     tensors = net_tensors(package, net, graph).items()
-    values = sum(prod(tensor.shape) for name, tensor in tensors if name not in without)
-    return values * _WIDTHS[package.manifest.dtype]
+    counted = (tensor for name, tensor in tensors if name not in without)
+    return int(sum(prod(tensor.shape) * narrow.get(tensor.dtype, width) for tensor in counted))

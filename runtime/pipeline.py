@@ -513,9 +513,10 @@ class Pipeline:
     def row_sizes(self, rows: int) -> tuple[int, ...]:
         """The numbers of rows that shared calls of the UNet have here, up to so many; () for any.
 
-        A device has other plans, and perhaps other roundings, for each number: there it is one of few.
+        A device has other plans, and perhaps other roundings, for each number, and some backends compile a
+        net for each: there it is one of few.
         """
-        if isinstance(self.loop, HostLoop):
+        if isinstance(self.loop, HostLoop) and not self.loop.fixed_shapes:
             return ()
         return (*(size for size in (2**power for power in range(rows.bit_length())) if size < rows), rows)
 

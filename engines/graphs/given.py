@@ -29,7 +29,7 @@ _COMPUTED = {"fp32": ("float32",), "fp16": ("float16", "float32")}
 
 @dataclass(frozen=True, kw_only=True)
 class GivenGraph:
-    """A graph as bytes, whose last inputs are the weights, and their values by name, float32 or float16."""
+    """A graph as bytes, whose last inputs are the weights, and their values by name: floats, or int8."""
 
     graph: bytes
     values: dict[str, Array]
@@ -65,7 +65,8 @@ def given_graph(package: Package, net: str) -> GivenGraph:
 
         def value(name: str) -> Array:
             found = weight_values(stored[name], folder, writable=True)
-            return found if str(found.dtype) in computed else np.asarray(found, np.float32)
+            stays = str(found.dtype) in computed or found.dtype.kind == "i"  # which the graph scales back
+            return found if stays else np.asarray(found, np.float32)
 
         names = [tensor.name for tensor in weights if tensor.name not in values]
         with ThreadPoolExecutor(usable_processors()) as pool:

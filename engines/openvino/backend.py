@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import BackendError
 from ..package import Package
@@ -15,6 +16,7 @@ class OpenvinoBackend:
     """`HostBackend` of OpenVINO on one of its devices."""
 
     device: str = HOST
+    fixed_shapes: ClassVar[bool] = True  # see `HostBackend`
 
     def refusal(self) -> BackendError | None:
         """None if OpenVINO works and has the device, else the error that says why not."""

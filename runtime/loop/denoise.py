@@ -180,6 +180,7 @@ class HostLoop:
         self, package: Package, backend: HostBackend, threads: int | None, base: HostLoop | None = None
     ) -> None:
         self.nets: dict[str, Net] = {}
+        self.fixed_shapes = bool(getattr(backend, "fixed_shapes", False))
         self._package, self._backend, self._threads, self._base = package, backend, threads, base
         self._open = partial(backend.open_net, package, threads=threads)
         self._weights_of: dict[str, frozenset[str]] = {} if base is None else base._weights_of

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
+from latentrt import Pipeline
 from latentrt.engines.backend import HostBackend, choose_backend
 from latentrt.engines.errors import (
     BackendError,
@@ -464,3 +465,17 @@ def test_a_start_without_it_does_not_import_it(tmp_path: Path) -> None:
     )
     nothing_measured = {**os.environ, "LATENTRT_CACHE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=nothing_measured)
+
+
+def test_shared_calls_have_few_numbers_of_rows() -> None:
+    """Each is a compilation: three requests that end one after the other take four rows, two and one."""
+    plain = {"prompt": "a red circle", "seed": 1, "guidance_scale": 1.0, "output_type": "np"}
+    requests = [{**plain, "num_inference_steps": steps} for steps in (2, 3, 4)]
+    with Pipeline.open("demo", backend="openvino") as pipe:
+        assert pipe.row_sizes(8) == (1, 2, 4, 8)
+        found = dict(pipe.stream_many(requests))
+        compiled = cast(Any, pipe.loop).net("unet").shapes
+        assert {shapes["latent"][0] for shapes in compiled} == {1, 2, 4}
+        for number, request in enumerate(requests):
+            images = cast(Any, found[number]).images
+            assert np.abs(images.astype(int) - pipe(**request).images).max() <= 1
