@@ -25,6 +25,9 @@ class Format:
         smallest: the most negative number; -largest where a type has one more that is not used.
         rounds_data: whether data are of the type too, with one scale; else weights alone are narrow.
         by_channel: whether each of the output's channels has its scale.
+        smooths: whether channels of data that reach far are worth taking into the weights: with one step for
+            all values, not with floats.
+        relative_error: of a rounded float, root mean square, whatever its size; None of whole numbers.
         block: values of a weight along the products that share a scale; 0 is all of them.
         operators: whose weights.
         capability: of the oldest NVIDIA GPUs that compute with it (TensorRT's support matrix).
@@ -38,6 +41,8 @@ class Format:
     smallest: float
     rounds_data: bool
     by_channel: bool
+    smooths: bool = False
+    relative_error: float | None = None
     block: int = 0
     operators: tuple[str, ...] = ("MatMul", "Conv")
     capability: str
@@ -74,6 +79,7 @@ FORMATS: Mapping[str, Format] = {
             smallest=-127,
             rounds_data=True,
             by_channel=True,
+            smooths=True,
             capability="7.5",
             bar=3e-2,
         ),
@@ -85,6 +91,7 @@ FORMATS: Mapping[str, Format] = {
             smallest=-448,
             rounds_data=True,
             by_channel=False,
+            relative_error=0.026,  # three bits behind the point: off by 2^-4 at most
             capability="8.9",
             bar=5e-2,
         ),

@@ -71,12 +71,13 @@ def plan_rounding(
     rms = {name: ranges[name].rms for name in readers}
     for name, behind in readers.items():
         reach = ranges[name].channels
-        if normalised.get(name) != len(behind) or reach is None or format_.name != "int8":
+        if normalised.get(name) != len(behind) or reach is None or not format_.smooths:
             continue
         factor = smoothing_factors(reach, [_by_input(place, weights) for place in behind], _ALPHA)
         if (smooth := float((reach / factor).max())) < peaks[name]:
             divided[name], peaks[name] = factor, smooth
-            rms[name] /= float(np.sqrt(np.mean(factor**2)))
+            spread: Any = (reach / factor) ** 2  # a channel's mean square goes with what it reaches
+            rms[name] *= float(np.sqrt(spread.mean() / np.mean(reach**2)))
     kept = [place for place in places if noise(format_, peaks[place.data], rms[place.data]) <= _MOST_NOISE]
     names = {place.data for place in kept}
     return Rounding(
@@ -91,11 +92,10 @@ def plan_rounding(
 def noise(format_: Format, peak: float, rms: float) -> float:
     """About how large the rounding errors of data are, as a share of the data (root mean squares).
 
-    Of whole numbers with the largest at `peak`: a step over the root of 12. A float of three bits behind the
-    point is off by 2^-4 at most, by 0.026 on average over a factor of two, however large it is.
+    Of whole numbers with the largest at `peak`: a step over the root of 12.
     """
-    if format_.onnx == "FLOAT8E4M3FN":
-        return 0.026
+    if format_.relative_error is not None:
+        return format_.relative_error
     return peak / format_.largest / 12**0.5 / max(rms, LEAST)
 
 
