@@ -36,7 +36,7 @@ OUTPUTS: Mapping[str, tuple[str, str]] = {
 PARAMETERS = ("model", "device", "backend", "rows", "loras")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BACKENDS = ("auto", *BACKENDS)
-_KINDS: Mapping[Kind, str] = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
+KINDS: Mapping[Kind, str] = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 
 _PROGRAM = '''"""Draws for Triton; written by `latentrt export-triton`, for a Python that has latentrt."""
 
@@ -94,20 +94,8 @@ def write_repository(model: TritonModel, out: Path) -> Path:
             start with.
         StorageError: the folder cannot be written.
     """
-    if not _NAME.fullmatch(model.name):
-        raise UsageError(
-            f"the name {model.name!r}",
-            expected="letters, digits, . _ and -",
-            fix="Change it: --name latentrt",
-        )
-    _check(model)
-    folder = out / model.name
-    if folder.exists():
-        raise UsageError(
-            f"{folder} is there already",
-            expected="a name of its own",
-            fix="Remove it, or choose another --name",
-        )
+    folder = out / check_name(model.name, out)
+    check_model(model)
     try:
         (folder / "1").mkdir(parents=True)
     except OSError as error:
@@ -121,9 +109,26 @@ def write_repository(model: TritonModel, out: Path) -> Path:
     return folder
 
 
-def _check(model: TritonModel) -> None:
+def check_name(name: str, out: Path) -> str:
+    """The name. Raises UsageError for one that Triton would not take, or that the repository has."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"the name {name!r}",
+            expected="letters, digits, . _ and -",
+            fix="Change it: --name latentrt",
+        )
+    if (out / name).exists():
+        raise UsageError(
+            f"{out / name} is there already",
+            expected="a name of its own",
+            fix="Remove it, or choose another --name",
+        )
+    return name
+
+
+def check_model(model: TritonModel) -> None:
     """Raise UsageError for what no server could start with."""
-    for name, value, names in (("device", model.device, _KINDS), ("backend", model.backend, _BACKENDS)):
+    for name, value, names in (("device", model.device, KINDS), ("backend", model.backend, _BACKENDS)):
         if value not in names:
             raise UsageError(
                 f"{name} is {value!r:.80}", expected=f"one of {', '.join(names)}", fix=f"Change --{name}"
@@ -149,22 +154,21 @@ def config_of(model: TritonModel) -> str:
         "loras": "" if model.loras is None else str(model.loras),
     }
     inputs = [
-        f"{{ name: {_quoted(name)} data_type: {kind} dims: {dims}{'' if needed else ' optional: true'} }}"
+        f"{{ name: {quoted(name)} data_type: {kind} dims: {dims}{'' if needed else ' optional: true'} }}"
         for name, (kind, dims, needed) in INPUTS.items()
     ]
     outputs = [
-        f"{{ name: {_quoted(name)} data_type: {kind} dims: {dims} }}"
-        for name, (kind, dims) in OUTPUTS.items()
+        f"{{ name: {quoted(name)} data_type: {kind} dims: {dims} }}" for name, (kind, dims) in OUTPUTS.items()
     ]
     parameters = [
-        f"parameters {{ key: {_quoted(name)} value: {{ string_value: {_quoted(value)} }} }}"
+        f"parameters {{ key: {quoted(name)} value: {{ string_value: {quoted(value)} }} }}"
         for name, value in told.items()
         if value
     ]
     return "\n".join(
         [
             "# Written by `latentrt export-triton`.",
-            f"name: {_quoted(model.name)}",
+            f"name: {quoted(model.name)}",
             'backend: "python"',
             "max_batch_size: 0  # requests are put together by the steps of their pictures",
             "model_transaction_policy { decoupled: true }  # previews come before the picture",
@@ -176,13 +180,13 @@ def config_of(model: TritonModel) -> str:
             *(f"  {text}," for text in outputs[:-1]),
             f"  {outputs[-1]}",
             "]",
-            f"instance_group [ {{ count: {model.count} kind: {_KINDS[model.device]} }} ]",
+            f"instance_group [ {{ count: {model.count} kind: {KINDS[model.device]} }} ]",
             *parameters,
             "",
         ]
     )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """As the text form of protobuf has it, which is JSON's for what stands here."""
     return json.dumps(text)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from typer.testing import CliRunner
 from latentrt import Pipeline, UsageError, cli
 from latentrt.benchmarks.verbs.hosts import measure_hosts
 from latentrt.cli import app
+from latentrt.engines.errors import PackageError, StorageError
+from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.hosts.triton import served
+from latentrt.hosts.triton.nets import config_of_net, write_nets
 from latentrt.hosts.triton.repository import TritonModel, config_of, write_repository
 from tests.benchmarks.stand_in_side import PACKAGE, TASK
 from tests.benchmarks.test_hosts import CASE as FEW_STEPS
@@ -99,6 +103,60 @@ def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
     write_repository(TritonModel(model="demo"), tmp_path)
     with pytest.raises(UsageError, match="is there already"):
         write_repository(TritonModel(model="demo"), tmp_path)
+
+
+def test_nets_are_models_of_their_own(tmp_path: Path) -> None:
+    """What Triton's ONNX Runtime backend does with a folder: it opens `1/model.onnx`, by ONNX Runtime."""
+    import onnxruntime
+
+    answer = CliRunner().invoke(
+        app, ["export-triton", "demo", "-o", str(tmp_path), "--nets", "unet, vae_decoder"]
+    )
+    assert answer.exit_code == 0, answer.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latentrt-unet", "latentrt-vae_decoder"]
+    folder = tmp_path / "latentrt-vae_decoder"
+    path = str(folder / "1" / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    latent = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    image, mean = session.run(["image", "mean"], {"latent": latent})
+    with OnnxRuntimeNet(PACKAGE, "vae_decoder") as net:
+        wanted = net(latent=latent)
+    np.testing.assert_array_equal(image, wanted["image"])
+    np.testing.assert_array_equal(mean, wanted["mean"])
+    config = (folder / "config.pbtxt").read_text()
+    assert 'input [ { name: "latent" data_type: TYPE_FP32 dims: [ -1, 4, -1, -1 ] } ]' in config
+    assert 'platform: "onnxruntime_onnx"' in config
+
+
+def test_nets_that_are_none(tmp_path: Path) -> None:
+    model = TritonModel(model="demo")
+    with pytest.raises(PackageError, match="has no net 'refiner'"):
+        write_nets(PACKAGE, ["refiner"], model, tmp_path)
+    elsewhere = replace(PACKAGE, elsewhere={"unet/weights.safetensors": cast(Any, None)})
+    with pytest.raises(UsageError, match="is a checkpoint"):
+        write_nets(elsewhere, ["unet"], model, tmp_path)
+    write_nets(PACKAGE, ["step"], model, tmp_path)
+    with pytest.raises(UsageError, match="is there already"):
+        write_nets(PACKAGE, ["step"], model, tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_nets(PACKAGE, ["step"], model, Path("/proc/x"))
+
+
+@needs_triton
+def test_configs_of_nets_are_tritons(tmp_path: Path) -> None:
+    program = """
+import sys
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+found = text_format.Parse(sys.stdin.read(), model_config_pb2.ModelConfig())
+print(found.platform, len(found.input), len(found.output), found.input[0].data_type)
+"""
+    for net, file in PACKAGE.manifest.nets.items():
+        config = config_of_net(f"latentrt-{net}", file, TritonModel(model="demo", device="cuda"))
+        done = subprocess.run([PYTHON, "-c", program], input=config, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spec = file.spec
+        assert done.stdout.split()[:3] == ["onnxruntime_onnx", str(len(spec.inputs)), str(len(spec.outputs))]
 
 
 @needs_triton
