@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.errors import StorageError
-from latentrt.export import export
+from latentrt.export.target import complete
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def windows_renames(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def _write(package: Path, text: str) -> None:
-    with export._complete(package, overwrite=True) as folder:
+    with complete(package, overwrite=True) as folder:
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ def test_a_value_of_another_type_is_refused(name: str) -> None:
         ("weights", "ABC"),
         ("weights", KEY.weights.upper()),
         ("dtype", "int8"),
-        ("backend", "openvino"),
+        ("backend", "tvm"),
         ("flags", ("STRIP_PLAN", "REFIT_INDIVIDUAL")),
         ("flags", ("REFIT_INDIVIDUAL", "REFIT_INDIVIDUAL")),
     ],

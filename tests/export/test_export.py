@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from latentrt.checkpoints import writing
 from latentrt.engines.errors import CheckpointError, NumericError, StorageError, UsageError
 from latentrt.engines.package import Defaults, Package
-from latentrt.export import export as package_writer
 from latentrt.export import export_package
 from latentrt.export.nets.build import NETS
+from latentrt.export.target import complete
 from latentrt.export.traced import TracedGraphs
 from tests.export.conftest import Exported, relative_l2
 
@@ -338,7 +338,7 @@ def test_what_appears_during_an_export_is_left_alone(tmp_path: Path, overwrite: 
     target = tmp_path / "package"
 
     def export() -> None:
-        with package_writer._complete(target, overwrite=overwrite):
+        with complete(target, overwrite=overwrite):
             target.mkdir()
             (target / "thesis.txt").write_text("years of work")
 
