@@ -11,7 +11,6 @@ Source: Triton's user guide, "Model Configuration"; `onnxruntime_backend`, READM
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ def write_nets(package: Package, nets: Iterable[str], model: TritonModel, out: P
     """Write nets into a repository, each as a model of its own.
 
     Args:
-        package: whose nets; its weights are linked where the file system can, else copied.
+        package: whose nets; each has a copy of its weights.
         nets: of its manifest.
         model: its `name` is the beginning of theirs, `device` and `count` are those of their instances.
         out: the repository, which may have other models.
@@ -71,11 +70,8 @@ def _write(package: Package, file: NetFile, folder: Path, config: str) -> None:
     (folder / "config.pbtxt").write_text(config, encoding="utf-8")
     shutil.copyfile(package.path(file.graph), folder / "1" / "model.onnx")
     for name in file.weights:  # the graph names them as they lie beside it
-        source, target = package.path(name), folder / "1" / Path(name).name
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, target)
+        # No link: libraries of ONNX refuse weights that have another name as well (onnx 1.23).
+        shutil.copyfile(package.path(name), folder / "1" / Path(name).name)
 
 
 def config_of_net(name: str, file: NetFile, model: TritonModel) -> str:

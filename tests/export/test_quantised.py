@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from latentrt import Pipeline
 from latentrt.cli import app
-from latentrt.engines.errors import AdapterError, NumericError, UsageError
+from latentrt.engines.errors import AdapterError, BackendError, NumericError, UsageError
 from latentrt.engines.net_weights import net_tensors, weight_values
 from latentrt.engines.onnxruntime.lowering.files import read_graph
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
@@ -180,6 +180,12 @@ def test_ranges_are_those_of_the_tensors(calls: list[Inputs]) -> None:
         if found[name].channels is not None:
             wanted = np.abs(both).max(axis=tuple(range(both.ndim - 1)))
             np.testing.assert_allclose(found[name].channels, wanted, rtol=1e-5)
+
+
+def test_an_input_that_is_not_the_nets_is_named(calls: list[Inputs]) -> None:
+    places = find_places(read_graph(DEMO, "unet"))[:1]
+    with pytest.raises(BackendError, match="latent"):
+        measure_ranges(DEMO, "unet", places, [{**calls[0], "latent": np.zeros((2, 5, 16, 16), np.float32)}])
 
 
 # ── packages ───────────────────────────────────────────────────────────────────────────────────────────
