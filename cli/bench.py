@@ -285,6 +285,43 @@ def parity(call: Call) -> _Measure:
     return partial(measure_parity, call.package, call.task(), inputs, reference=call.options["reference"])
 
 
+@_measures(
+    *("checkpoint", "backend", "device", "width", "height", "steps", "batch", "threads", "budget", "quick"),
+    packages=_option(
+        str, "", "With commas: packages that `latentrt quantise` made of it, as FOLDER or FOLDER@BACKEND."
+    ),
+    peers=_option(str, "", "With commas: diffusers, openvino, openvino-nncf, sdcpp-f16, sdcpp-q8_0, …."),
+    file=_option(Path | None, None, "The one-file checkpoint that the package is from, for peers' use."),
+    workloads=_option(str, "", "With commas: text_encoder, unet, vae_decoder, picture. Default: all."),
+    sampler=_option(str, "euler linspace", "One that all sides have by the same steps."),
+    prompts=_option(
+        int, 0, "The demo's held-out ones that each of our packages draws, to be judged.", least=0
+    ),
+)
+def quantised(call: Call) -> _Measure:
+    """Packages in fewer bits beside the one they are made of: time, memory, likeness, right pictures."""
+    from ..benchmarks.sides.contract import OF_ONE_VERB, OURS, REFERENCES, ROUNDED_PEERS, SIDES
+    from ..benchmarks.verbs.quantised import WORKLOADS, Inputs, measure_quantised, modes_of
+    from ..engines.package import Package
+
+    options = call.options
+    own = {OURS, *REFERENCES, *OF_ONE_VERB} - ROUNDED_PEERS.keys()
+    named = [item.partition("@") for item in options["packages"].split(",") if item]
+    modes = modes_of(
+        call.package,
+        call.task(),
+        [(Package.open(Path(folder)), backend or options["backend"]) for folder, _, backend in named],
+        listed(options["peers"], [name for name in SIDES if name not in own]),
+        file=options["file"],
+    )
+    inputs = Inputs(
+        case=call.case(),
+        workloads=listed(options["workloads"], WORKLOADS) or WORKLOADS,
+        prompts=options["prompts"],
+    )
+    return partial(measure_quantised, call.package, modes, inputs, pace=call.pace())
+
+
 @_command(
     "steps",
     *("threads", "out", "as_json"),

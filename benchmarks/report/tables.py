@@ -21,8 +21,9 @@ from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.serve import BATCHED, MIXED, ONE_BY_ONE, SIMULATED
 from ..verbs.steps import REFERENCE_ROW
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
+from .cells import command_of, ratio_cell, safe_text, table_line, table_row
+from .quantised_table import quantised_table
 from .reading import (
-    Against,
     Case,
     Result,
     against,
@@ -62,6 +63,7 @@ _EXPLAINED = (
     "controls",
     "serve",
     "hosts",
+    "quantised",
 )  # documents that say why rows have no time
 _AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 13  # of the short table, at most
@@ -88,13 +90,13 @@ def short_table(results: Sequence[Result], link: str = "") -> str:
     """
     newest = _newest(results)
     lines = [
-        _line(f"{words.model(result.document)}: {what}", found, result.document)
+        table_line(f"{words.model(result.document)}: {what}", found, result.document)
         for result in newest
         for what, found in _highlights(result.document)
     ]
     if not lines:
         return NOTHING
-    machines = "; ".join(dict.fromkeys(_safe(words.machine(result.document)) for result in newest))
+    machines = "; ".join(dict.fromkeys(safe_text(words.machine(result.document)) for result in newest))
     where = f" [All measurements, and how they were made]({link})." if link else ""
     return "\n".join([*_HEAD, *lines[:_ROWS], "", f"Measured on {machines}.{where}"])
 
@@ -106,7 +108,7 @@ def _highlights(document: Document) -> Lines:
         for name in ("picture",) if "picture" in rows else ("unet", "vae_decoder"):
             if (ours := summary(rows.get(name))) is not None:
                 found = {side: rows[name] for side, rows in sides.items() if name in rows}
-                ratios = [f"; {side} takes {_ratio(item)}" for side, item in found.items() if item.ratio]
+                ratios = [f"; {side} takes {ratio_cell(item)}" for side, item in found.items() if item.ratio]
                 yield f"{words.workload(name)}, {words.case(case)}", words.seconds(ours) + "".join(ratios)
     for what, result in summaries(document):
         if what.startswith(_SHORT):
@@ -141,21 +143,13 @@ def _section(
     days = dict.fromkeys(map(words.day, sorted(documents, key=lambda document: document.date)))
     commits = ", ".join(filter(None, dict.fromkeys(item.machine.get("commit") for item in documents)))
     commit = f"; commit {commits}" if commits else ""
-    yield f"**{_safe(model)}** on {_safe(machine)}; {', '.join(days)}{commit}"
+    yield f"**{safe_text(model)}** on {safe_text(machine)}; {', '.join(days)}{commit}"
     for document in documents:
-        if document.benchmark == "latency":
-            yield from (_latency(document, case) for case in cases(document))
-        elif document.benchmark == "opening":
-            yield _opening(document)
-        elif document.benchmark == "adapters" and (table := _adapters(document)):
-            yield table
-        elif document.benchmark == "serve":
-            yield from _loads(document)
-        elif document.benchmark == "hosts":
-            yield _hosts(document)
+        if document.benchmark in _TABLES:
+            yield from filter(None, _TABLES[document.benchmark](document))
         if document.benchmark in _EXPLAINED and (missing := _missing(document)):
             yield missing
-    lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
+    lines = [table_line(*pair, document) for document in documents for pair in summaries(document)]
     if lines:
         yield "\n".join([*_HEAD, *lines])
     if links := [_link(link) for result in results for link in figures.get(result.name, ())]:
@@ -168,29 +162,29 @@ def _latency(document: Document, case: Case) -> str:
     found = {side: against(document, case, side) for side in sides}
     versus = [f"{side} ÷ ours" for side in sides]
     head = [words.case(case), "ours: p50 [p90]", *versus, "of best GEMM", "of floor", "A/A"]
-    lines = [_row(head), "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     rows = our_rows(document, case)
     for name, ours in rows.items():
         time = ours.status
         if ours.status == "ok":
             time = f"{words.seconds(summary(ours))} [{words.seconds(summary(ours, 'p90'))}]"
-        ratios = [_ratio(found[side].get(name)) for side in sides]
+        ratios = [ratio_cell(found[side].get(name)) for side in sides]
         shares = [words.number(figure(ours, share), 2) for share in ("of_best_gemm", "of_floor")]
         again = words.percent(spread(document, ours))
-        lines.append(_row([words.workload(name), time, *ratios, *shares, again]))
+        lines.append(table_row([words.workload(name), time, *ratios, *shares, again]))
     counts = {words.workload(name): len(row.rounds) for name, row in rows.items() if row.rounds}
     few = [f"{name}: range of {count} rounds" for name, count in counts.items() if count < LEAST]
     brackets = ["95 % interval", *few] if len(few) < len(counts) else few
     rates = ceiling_rates(document, GEMM)
     best = f"; best GEMM: {words.amount(max(rates), 'FLOP/s')}" if rates else ""
     note = f"square brackets after a ratio: {', '.join(brackets)}{best}"
-    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {note}."])
+    return "\n".join([*lines, "", f"Reproduce: `{command_of(document)}`; {note}."])
 
 
 def _opening(document: Document) -> str:
     """A row for each way to the first picture."""
     head = [f"to the first picture, {_one_step(document)}", OPENED, "of which export", DRAWN, PEAK, WRITTEN]
-    lines = [_row(head), "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     for (side, way), rows in _ways(document).items():
         peak, opened = rows.get(PEAK), rows.get(OPENED)
         over = figure(peak, "over_weights")
@@ -201,10 +195,10 @@ def _opening(document: Document) -> str:
             words.amount(summary(peak), "B") + (f" ({over:.2f}× the weights)" if over else ""),
             words.amount(summary(rows.get(WRITTEN)), "B"),
         ]
-        lines.append(_row([f"{side}, {way}", *cells]))
+        lines.append(table_row([f"{side}, {way}", *cells]))
     rounds = document.settings["rounds"]
     medians = f"medians of {rounds} rounds; " if rounds > 1 else ""
-    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {medians}weights: in fp32."])
+    return "\n".join([*lines, "", f"Reproduce: `{command_of(document)}`; {medians}weights: in fp32."])
 
 
 def _first_pictures(document: Document) -> Lines:
@@ -233,7 +227,7 @@ def _adapters(document: Document) -> str:
         return ""
     columns = [name for name in WORKLOADS if any(name in rows for rows in found.values())]
     head = [_of_rank(document), *("then a picture" if name in _AFTER else name for name in columns)]
-    lines = [_row(head), "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     for (lora, side), rows in found.items():
         cells = [
             (words.seconds(summary(rows[name])) if rows[name].rounds else rows[name].status)
@@ -241,10 +235,10 @@ def _adapters(document: Document) -> str:
             else words.DASH
             for name in columns
         ]
-        lines.append(_row([f"{lora}, {side}", *cells]))
+        lines.append(table_row([f"{lora}, {side}", *cells]))
     rounds = document.settings["rounds"]
     medians = f"; medians of {rounds} rounds" if rounds > 1 else ""
-    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`{medians}."])
+    return "\n".join([*lines, "", f"Reproduce: `{command_of(document)}`{medians}."])
 
 
 def _new_and_open(document: Document) -> Lines:
@@ -300,7 +294,7 @@ def _loads(document: Document) -> Iterator[str]:
 
 def _load_table(title: str, rows: Sequence[Row], note: str) -> str:
     head = [title, *_LOAD_HEAD]
-    lines = [_row(head), "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     for row in rows:
         rates = [words.number(figure(row, name)) for name in ("requests_per_s", "in_time_per_s")]
         calls = [words.number(figure(row, "unet_calls"), 4), words.number(figure(row, "mean_rows"))]
@@ -311,7 +305,7 @@ def _load_table(title: str, rows: Sequence[Row], note: str) -> str:
             words.percent(figure(row, "refused")),
             *calls,
         ]
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     return "\n".join([*lines, "", note])
 
 
@@ -320,26 +314,28 @@ def _hosts(document: Document) -> str:
     callers = document.settings["callers"]
     head = ["drawn by", "one caller: p50 [p99]", "÷ in process", "pictures/s"]
     head += [f"{callers} callers: p50 [p99]", "÷ in process", "pictures/s"]
-    lines = [_row(head), "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     for side in (OURS, *peers(document)):
         cells = ["this process" if side == OURS else side]
         for workload in (ASKED, AT_ONCE):
             row = next(document.select(workload, side))
-            ratio = words.DASH if side == OURS else _ratio(against(document, row.case, side).get(workload))
+            ratio = (
+                words.DASH if side == OURS else ratio_cell(against(document, row.case, side).get(workload))
+            )
             p50, p99 = (words.seconds(summary(row, name)) for name in ("p50", "p99"))
             cells += [f"{p50} [{p99}]", ratio, words.number(figure(row, "requests_per_s"))]
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     case = words.case(document.rows[0].case)
     rounds, requests = document.settings["rounds"], document.settings["requests"]
     turns = f"{rounds} rounds, a turn is {requests} requests of each caller"
     note = f"{case}; {turns}; callers share calls of the UNet."
-    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {note}"])
+    return "\n".join([*lines, "", f"Reproduce: `{command_of(document)}`; {note}"])
 
 
 def _over_http(document: Document) -> Lines:
     """What each server adds to a request of one caller."""
     added = [
-        f"{side} {_ratio(against(document, row.case, side).get(ASKED))}"
+        f"{side} {ratio_cell(against(document, row.case, side).get(ASKED))}"
         for side in peers(document)
         for row in document.select(ASKED, side)
         if row.rounds
@@ -351,10 +347,11 @@ def _over_http(document: Document) -> Lines:
 def _measured_note(document: Document) -> str:
     facts = document.settings
     return (
-        f"Reproduce: `{_command(document)}`; {facts['rounds']} rounds of {facts['requests']} mixed requests;"
-        f" load 1: {words.number(facts['requests_per_s'])} pictures/s, what it draws one at a time;"
-        f" in time: within {facts['in_time']:g} times what a request takes alone; above load 1 at most"
-        f" {facts['jobs']} jobs are there; at most {facts['rows']} rows in a shared call."
+        f"Reproduce: `{command_of(document)}`; {facts['rounds']} rounds of"
+        f" {facts['requests']} mixed requests; load 1: {words.number(facts['requests_per_s'])} pictures/s,"
+        f" what it draws one at a time; in time: within {facts['in_time']:g} times what a request takes"
+        f" alone; above load 1 at most {facts['jobs']} jobs are there;"
+        f" at most {facts['rows']} rows in a shared call."
     )
 
 
@@ -379,12 +376,6 @@ def _one_step(document: Document) -> str:
     return f"{case['width']}×{case['height']}, one step"
 
 
-def _ratio(item: Against | None, places: int = 2) -> str:
-    if item is None or item.ratio is None:
-        return "FAILED" if item and item.row.status == "FAILED" else words.DASH
-    return f"{words.ratio(item.ratio.value, places)}× {words.interval(item.ratio, places)}"
-
-
 def _missing(document: Document) -> str:
     """Why rows have no time, once for each reason; a workload that a peer does not have is no news."""
     reasons: dict[str, dict[str, None]] = {}
@@ -393,36 +384,14 @@ def _missing(document: Document) -> str:
         if row.status != "ok" and row.reason and not expected:
             what = row.side if row.workload == "open" else f"{row.side}, {words.workload(row.workload)}"
             reasons.setdefault(f"{row.status}: {row.reason}", {})[what] = None
-    return "\n".join(f"- {_safe('; '.join(names))}: {_safe(reason)}" for reason, names in reasons.items())
-
-
-def _command(document: Document) -> str:
-    """As the document says it was called; else its verb with the model and the peers."""
-    settings = document.settings
-    if document.benchmark == "export":
-        model = f"--recipe {settings['recipe']} --dtypes {' '.join(settings['dtypes'])}"
-        return f"python -m latentrt.benchmarks.models.full_size FOLDER {model} --out FILE"
-    names = settings.get("peers")
-    verb = f"latentrt bench {document.benchmark} {document.model.get('name')}"
-    return settings.get("command") or verb + (f" --peers {','.join(names)}" if names else "")
+    return "\n".join(
+        f"- {safe_text('; '.join(names))}: {safe_text(reason)}" for reason, names in reasons.items()
+    )
 
 
 def _link(target: str) -> str:
     label = next(text for name, text in _FIGURES.items() if f"-{name}." in target or f"-{name}-" in target)
     return f"[{label}]({target.replace(' ', '%20')})"
-
-
-def _line(what: str, found: str, document: Document) -> str:
-    return _row([what, found, f"`{_command(document)}`"])
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_safe(cell) for cell in cells) + " |"
-
-
-def _safe(text: str) -> str:
-    """Without what ends a cell of a table or begins an HTML tag or comment."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 # ── one line for each thing a document found out, besides latency's table ──────────────────────────
@@ -583,7 +552,7 @@ def _with_adapters(document: Document) -> Lines:
 def _with_controls(document: Document) -> Lines:
     """What a step takes with a ControlNet, what one that is not used costs it, and what is held."""
     if call := next((row for row in document.select(OUR_CALL, OURS) if row.rounds), None):
-        times = _ratio(against(document, call.case, IDLE).get(OUR_CALL), 3)
+        times = ratio_cell(against(document, call.case, IDLE).get(OUR_CALL), 3)
         idle = next(document.select(OUR_STEP, IDLE), None)
         same = (
             f", {figure(idle, 'differing'):.0f} bytes of the picture differ" if idle and idle.rounds else ""
@@ -596,8 +565,8 @@ def _with_controls(document: Document) -> Lines:
     if ours and ours.rounds:
         used = next(document.select(OUR_STEP, IN_USE))
         found = against(document, ours.case, DIFFUSERS).get(WITH_ONE)
-        added = f"{_ratio(against(document, used.case, IN_USE).get(OUR_STEP))} of one without"
-        beside = f"; {DIFFUSERS} takes {_ratio(found)}" if found else ""
+        added = f"{ratio_cell(against(document, used.case, IN_USE).get(OUR_STEP))} of one without"
+        beside = f"; {DIFFUSERS} takes {ratio_cell(found)}" if found else ""
         yield f"{WITH_ONE}, {words.case(ours.case)}", f"{words.seconds(summary(ours))}, {added}{beside}"
     yield from _peaks(document, "peak with one ControlNet", "it was loaded")
 
@@ -618,7 +587,7 @@ def _unused(document: Document, workload: str, side: str, where: str, places: in
     """What a step takes on a side that has something loaded and does not use it."""
     own, loaded = (next(document.select(workload, name), None) for name in (OURS, side))
     if own and loaded and loaded.rounds:
-        times = _ratio(against(document, loaded.case, side).get(workload), places)
+        times = ratio_cell(against(document, loaded.case, side).get(workload), places)
         differing = f"{figure(loaded, 'differing'):.0f} bytes of the picture differ"
         yield workload, f"{words.seconds(summary(own))}; {where} {times}, {differing}"
 
@@ -655,6 +624,14 @@ def _calls(document: Document) -> Lines:
             yield f"pictures that are right after {row.figures['calls']} calls", right
 
 
+_TABLES: Mapping[str, Callable[[Document], Iterable[str]]] = {
+    "latency": lambda document: (_latency(document, case) for case in cases(document)),
+    "opening": lambda document: [_opening(document)],
+    "adapters": lambda document: [_adapters(document)],
+    "serve": _loads,
+    "hosts": lambda document: [_hosts(document)],
+    "quantised": lambda document: [quantised_table(document)],
+}
 # In the order in which documents are shown.
 _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "latency": _outside,

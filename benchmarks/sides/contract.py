@@ -42,6 +42,9 @@ SIDES: Mapping[str, str] = {
     "onnxruntime": "plain_loop",
     "onnxruntime-cuda": "plain_loop.OnCuda",
     "openvino": "openvino_loop",
+    "openvino-nncf": "openvino_loop.Nncf",
+    "sdcpp-f16": "stable_diffusion_cpp.F16",
+    "sdcpp-q8_0": "stable_diffusion_cpp.Q8",
     "tensorrt": "tensorrt_loop",
     "ceiling": "ceiling",
     "latentrt watched": "watched",
@@ -57,8 +60,10 @@ ADAPTED = "latentrt adapted"  # ours, while its adapters are changed
 DIFFUSERS_ADAPTED = "diffusers adapted"
 CONTROLLED = "latentrt controlled"  # ours, with a ControlNet at hand
 DIFFUSERS_CONTROLLED = "diffusers controlled"
-# With workloads of their own; no peers.
-OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED, CONTROLLED, DIFFUSERS_CONTROLLED)
+# Peers in fewer bits -> the precision whose bars their outputs are held to (`engines.tolerances`).
+ROUNDED_PEERS: Mapping[str, str] = {"openvino-nncf": "int8", "sdcpp-f16": "fp16", "sdcpp-q8_0": "int8"}
+# With workloads or bars of their own; no peers of other verbs.
+OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED, CONTROLLED, DIFFUSERS_CONTROLLED, *ROUNDED_PEERS)
 AGAIN = "latentrt again"  # the other half of the A/A pair
 CEILING = "ceiling"  # what the machine can do at best
 YARDSTICK = "yardstick"  # ours over a network that is always the same, see `yardstick.py`

@@ -49,6 +49,7 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler linspace": ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),

@@ -1,4 +1,4 @@
-"""The package's graphs in OpenVINO on the CPU, set as for one request at a time.
+"""The package's graphs in OpenVINO on the CPU, set as for one request; as they are, or in NNCF's int8.
 
 float32 is set: where a processor has bfloat16 (AMX, AVX512-BF16) that is the default, which is another
 arithmetic than everyone else's in the same table. Shapes are fixed before compiling, which OpenVINO's own
@@ -7,16 +7,29 @@ guide to Stable Diffusion advises, so that a net is compiled when a case asks fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from ...engines.device import Shapes
+from ...engines.package import Manifest, Package
 from ...engines.spec import Array
+from ..case import Case
 from .contract import OpenSide, Task, missing_modules, open_whole_package
-from .plain_loop import Net, plain_side
+from .plain_loop import Net, pictures_of, plain_side
 
 _DEVICE = "CPU"
+_ROUNDED = "unet_whole"  # by NNCF: what takes the time, as in OpenVINO's own guides
+# Whose inputs NNCF measures ranges on. Small pictures, for it keeps in memory what it measures.
+_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a small green heart on a pink background, oil on canvas",
+    "an old city by the sea at dawn, sharp focus",
+)
+_PIXELS, _STEPS = 256, 6
 
 
 def available(task: Task) -> str | None:
@@ -26,28 +39,114 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """The package, to be compiled case by case. Raises NotAvailableError, PackageError."""
-    import openvino
+    nets = _Nets(package=open_whole_package(task), threads=task.threads)
+    return plain_side("openvino", nets.package, nets.open, nets.versions)
 
-    package = open_whole_package(task)
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if task.threads:
-        settings["INFERENCE_NUM_THREADS"] = task.threads
-    core: Any = openvino.Core()
 
-    def open_net(name: str, shapes: Shapes) -> Net:
-        file = package.manifest.nets[name]
-        model = core.read_model(str(package.path(file.graph)))
+class Nncf:
+    """The same with the UNet in int8, a side of its own.
+
+    It is rounded as OpenVINO's guide to latent consistency models does it (openvino_notebooks,
+    latent-consistency-models-image-generation): `nncf.quantize` with `ModelType.TRANSFORMER`, without bias
+    correction, on inputs of pictures that the same graphs draw.
+    """
+
+    @staticmethod
+    def available(task: Task) -> str | None:
+        """None if it can run here, else the reason."""
+        return missing_modules("openvino", "nncf")
+
+    @classmethod
+    def open_side(cls, task: Task) -> OpenSide:
+        """The package with its UNet rounded. Raises NotAvailableError, PackageError."""
+        import nncf
+
+        nets = _Nets(package=open_whole_package(task), threads=task.threads)
+        nets.models[_ROUNDED] = cls._rounded(nets)
+        rounded = {"nncf": str(nncf.__version__), "rounded": _ROUNDED}
+        return plain_side("openvino-nncf", nets.package, nets.open, {**nets.versions, **rounded})
+
+    @classmethod
+    def _rounded(cls, nets: _Nets) -> Any:
+        import nncf
+
+        seen: list[Mapping[str, Array]] = []
+
+        def open_watched(name: str, shapes: Shapes) -> Net:
+            net = nets.open(name, shapes)
+            return partial(_watched, net, seen) if name == _ROUNDED else net
+
+        list(pictures_of(nets.package, open_watched, _cases(nets.package.manifest)))
+        tools: Any = nncf
+        return tools.quantize(
+            nets.read(_ROUNDED),
+            tools.Dataset(seen),
+            subset_size=len(seen),
+            model_type=tools.ModelType.TRANSFORMER,
+            advanced_parameters=tools.AdvancedQuantizationParameters(disable_bias_correction=True),
+        )
+
+
+def _cases(manifest: Manifest) -> Iterator[Case]:
+    """Of the pictures that ranges are measured on."""
+    size = {name: min(getattr(manifest.defaults, name), _PIXELS) for name in ("width", "height")}
+    for seed, prompt in enumerate(_PROMPTS):
+        yield Case.of(manifest, **size, steps=_STEPS, seed=seed, prompt=prompt)
+
+
+def _watched(net: Net, seen: list[Mapping[str, Array]], feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    seen.append({name: np.array(value) for name, value in feeds.items()})
+    return net(feeds)
+
+
+@dataclass(kw_only=True)
+class _Nets:
+    """A package's graphs, read and compiled.
+
+    Attributes:
+        package: the model.
+        threads: of the CPU; None is every processor.
+        models: read already, by net, in place of the package's.
+    """
+
+    package: Package
+    threads: int | None
+    models: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def _core(self) -> Any:
+        import openvino
+
+        return openvino.Core()
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        threads = {"INFERENCE_NUM_THREADS": self.threads} if self.threads else {}
+        return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **threads}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What it runs on, and how."""
+        import openvino
+
+        return {
+            "openvino": str(openvino.__version__),
+            "device": f"{_DEVICE}: {self._core.get_property(_DEVICE, 'FULL_DEVICE_NAME')}",
+            "shapes": "static",
+            **{name: str(value) for name, value in self._settings.items()},
+        }
+
+    def read(self, name: str) -> Any:
+        """A net's graph, of any shapes."""
+        return self._core.read_model(str(self.package.path(self.package.manifest.nets[name].graph)))
+
+    def open(self, name: str, shapes: Shapes) -> Net:
+        """A net compiled for these shapes."""
+        model = self.models[name].clone() if name in self.models else self.read(name)
         model.reshape(dict(shapes))
-        compiled = core.compile_model(model, _DEVICE, settings)
-        return partial(_run, compiled, [output.name for output in file.spec.outputs])
-
-    versions = {
-        "openvino": str(openvino.__version__),
-        "device": f"{_DEVICE}: {core.get_property(_DEVICE, 'FULL_DEVICE_NAME')}",
-        "shapes": "static",
-        **{name: str(value) for name, value in settings.items()},
-    }
-    return plain_side("openvino", package, open_net, versions)
+        compiled = self._core.compile_model(model, _DEVICE, self._settings)
+        outputs = [output.name for output in self.package.manifest.nets[name].spec.outputs]
+        return partial(_run, compiled, outputs)
 
 
 def _run(compiled: Any, outputs: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -10,7 +10,7 @@ microseconds beside a UNet's milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,14 @@ def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:
 def plain_side(name: str, package: Package, open_net: OpenNet, versions: Mapping[str, str]) -> OpenSide:
     """Nets of an engine, and the loop around them."""
     return OpenSide(name=name, versions=versions, makers=makers_of(_PlainLoop(name, package, open_net)))
+
+
+def pictures_of(package: Package, open_net: OpenNet, cases: Iterable[Case]) -> Iterator[Array]:
+    """The loop's pictures of these cases, (N, H, W, 3) uint8."""
+    loop = _PlainLoop("", package, open_net)
+    for case in cases:
+        with ExitStack() as stack:
+            yield loop.picture(case, stack).call()["image"]
 
 
 class _PlainLoop:

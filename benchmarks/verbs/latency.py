@@ -29,7 +29,7 @@ ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
 
 # Resident memory of a side over the bytes of its weights at the width of the arithmetic: SD 1.5 in fp32 has
 # 4.3 GB of them and took 5.9 GB with convolutions in Winograd's form, 7.2 GB at the peak of a picture.
-_OVER_WEIGHTS = 1.6
+OVER_WEIGHTS = 1.6
 SHORT = 1.0  # seconds: what takes longer than that has the machine's slow moments averaged already
 
 Progress = Callable[[str], None]
@@ -84,7 +84,7 @@ def check_memory(task: Task, count: int, *, besides: int = 0) -> None:
     """
     package, facts = open_package(task), doctor.memory()
     known = [size for size in (facts["available"], facts["limit"]) if size is not None]
-    need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS)) + besides
+    need = int(count * OVER_WEIGHTS * weights_of(package)) + besides
     if known and need > min(known) and task.device == "cpu":
         raise MemoryLimitError(
             f"{count} sides of {package.manifest.name} at once take about {need / 1e9:.0f} GB of memory,"
@@ -92,6 +92,11 @@ def check_memory(task: Task, count: int, *, besides: int = 0) -> None:
             expected="sides that fit beside each other",
             fix="Measure fewer in one run, with --peers, or without the A/A pair: --references yardstick",
         )
+
+
+def weights_of(package: Package) -> int:
+    """Bytes of the weights that draw a picture, at the width of the arithmetic."""
+    return sum(engine_bytes(package, net) for net in NETS)
 
 
 def measure_latency(
@@ -220,22 +225,25 @@ def _over_yardstick(slot: Slot, turns: Turns) -> Row:
 
 
 def worst_output(
-    found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, decibels: Mapping[str, float]
+    found: Mapping[str, Array], wanted: Mapping[str, Array], *, net_bar: float, picture_bar: float
 ) -> tuple[str, dict[str, float], str]:
     """The output that is the furthest from the `wanted` one: name, `difference`, and what is wrong with it.
 
-    The bar of a picture is the least of `decibels` by dtype that the worst of a batch may have, a net's the
-    most relative L2.
+    The bar of a picture is the least dB that the worst of a batch may have, a net's the most relative L2.
     """
     judged: list[tuple[str, dict[str, float], str]] = []
     for name, array in wanted.items():
         other = found.get(name, array[:0])
         figures = difference(name, other, array)
-        value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
-        problem = "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
+        value = figures["relative_l2"]
+        problem = "" if value <= net_bar else f"relative L2 {value:.2e}, above {net_bar:g}"
         if array.dtype == np.uint8:  # (N, H, W, 3)
-            figures["psnr_db"], bar = psnr(other, array), decibels[dtype]
-            problem = "" if figures["psnr_db"] >= bar else f"{figures['psnr_db']:.1f} dB, below {bar:g}"
+            figures["psnr_db"] = psnr(other, array)
+            problem = (
+                ""
+                if figures["psnr_db"] >= picture_bar
+                else f"{figures['psnr_db']:.1f} dB, below {picture_bar:g}"
+            )
         judged.append((name, figures, problem))
     return max(judged, key=lambda item: item[1]["relative_l2"])
 
@@ -245,7 +253,10 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
     shared = {name: array for name, array in wanted.items() if name in found}
     if not shared:
         return {}
-    name, figures, problem = worst_output(found, shared, package.manifest.dtype, PICTURE_DB)
+    dtype = package.manifest.dtype
+    name, figures, problem = worst_output(
+        found, shared, net_bar=NET_RELATIVE_L2[dtype], picture_bar=PICTURE_DB[dtype]
+    )
     if problem:
         raise SideError("FAILED", f"{name} is not ours: {problem}")
     return figures

@@ -135,7 +135,9 @@ def _compare(
     for case in cases:
         try:
             wanted, found = (_outputs(side, workload, case) for side in (reference, ours))
-            name, alike, problem = worst_output(found, wanted, dtype, decibels)
+            name, alike, problem = worst_output(
+                found, wanted, net_bar=NET_RELATIVE_L2[dtype], picture_bar=decibels[dtype]
+            )
         except SideError as error:
             status, problems = error.status, [error.reason]
             break

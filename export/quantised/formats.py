@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...engines.spec import Array
+from ...engines.tolerances import QUANTISED_PICTURE_DB, QUANTISED_RELATIVE_L2
 
 LEAST = 1e-12  # of a scale: what is all zeros has one too
 
@@ -31,7 +32,6 @@ class Format:
         block: values of a weight along the products that share a scale; 0 is all of them.
         operators: whose weights.
         capability: of the oldest NVIDIA GPUs that compute with it (TensorRT's support matrix).
-        bar: the largest relative L2 of a net's output, over all calls that it is compared on.
     """
 
     name: str
@@ -46,7 +46,16 @@ class Format:
     block: int = 0
     operators: tuple[str, ...] = ("MatMul", "Conv")
     capability: str
-    bar: float
+
+    @property
+    def bar(self) -> float:
+        """The largest relative L2 of a net's output, over all calls that it is compared on."""
+        return QUANTISED_RELATIVE_L2[self.name]
+
+    @property
+    def picture_bar(self) -> float:
+        """The least dB of a picture, beside that of the package as it was."""
+        return QUANTISED_PICTURE_DB[self.name]
 
     def narrowed(self, values: Array) -> Any:
         """Values at scale 1 as the type's numbers, in bytes as they are stored, (…,) flat."""
@@ -81,7 +90,6 @@ FORMATS: Mapping[str, Format] = {
             by_channel=True,
             smooths=True,
             capability="7.5",
-            bar=3e-2,
         ),
         Format(  # one scale for a tensor: a float's precision does not depend on it
             name="fp8",
@@ -93,7 +101,6 @@ FORMATS: Mapping[str, Format] = {
             by_channel=False,
             relative_error=0.026,  # three bits behind the point: off by 2^-4 at most
             capability="8.9",
-            bar=5e-2,
         ),
         Format(  # weights alone: for cards that a model does not fit on otherwise
             name="int4",
@@ -106,7 +113,6 @@ FORMATS: Mapping[str, Format] = {
             block=64,
             operators=("MatMul",),
             capability="8.0",
-            bar=1e-1,
         ),
     )
 }

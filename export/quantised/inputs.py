@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ...engines.package import Package
+from ...engines.spec import Array
 from ...runtime.loop.job import UNetCall
 from ...runtime.pipeline import Pipeline
 from .ranges import Inputs
@@ -23,8 +26,23 @@ PROMPTS = (
 )
 
 
-def drawn_inputs(package: Package, prompts: Sequence[str] = PROMPTS, steps: int = STEPS) -> Iterator[Inputs]:
-    """Inputs of every call that pictures of these prompts take, with guidance, on the CPU.
+Predict = Callable[[Inputs], Array]  # a UNet, from its inputs to (B, C, H/8, W/8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A picture, (1, H, W, 3) uint8, and the inputs of every call of the UNet that it took."""
+
+    calls: tuple[Inputs, ...]
+    image: Array
+
+
+def drawn_pictures(
+    package: Package, prompts: Sequence[str] = PROMPTS, *, predict: Predict | None = None
+) -> tuple[Drawn, ...]:
+    """Pictures of these prompts with guidance, on the CPU; the seed of each is its place among PROMPTS.
+
+    `predict` answers for the package's own UNet.
 
     Raises:
         LatentrtError: what drawing them raises.
@@ -32,10 +50,23 @@ def drawn_inputs(package: Package, prompts: Sequence[str] = PROMPTS, steps: int 
     manifest = package.manifest
     cells = {name: getattr(manifest.defaults, name) // manifest.latent_scale for name in ("width", "height")}
     size = {name: min(count, CELLS) * manifest.latent_scale for name, count in cells.items()}
+    asked = {"num_inference_steps": STEPS, "output_type": "np", **size}
     with Pipeline.open(package.root, backend="onnxruntime") as pipe:
-        for seed, prompt in enumerate(prompts):
-            asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "output_type": "latent"}
-            for item in pipe.shared({**asked, **size}):
-                if isinstance(item, UNetCall):
-                    yield {name: np.array(value) for name, value in item.inputs.items()}
-                    item.answer(item.run(**item.inputs)["prediction"])
+        return tuple(
+            _draw(pipe, {**asked, "prompt": prompt, "seed": PROMPTS.index(prompt)}, predict)
+            for prompt in prompts
+        )
+
+
+def _draw(pipe: Pipeline, values: Mapping[str, Any], predict: Predict | None) -> Drawn:
+    calls: list[Inputs] = []
+    turns = pipe.shared(values)
+    while True:
+        try:
+            item = next(turns)
+        except StopIteration as ended:
+            return Drawn(calls=tuple(calls), image=ended.value.images)
+        if isinstance(item, UNetCall):
+            feeds = {name: np.array(value) for name, value in item.inputs.items()}
+            calls.append(feeds)
+            item.answer(predict(feeds) if predict else item.run(**item.inputs)["prediction"])

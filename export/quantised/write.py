@@ -19,11 +19,11 @@ from ...engines.onnxruntime.session import CPU, library, open_session, session_o
 from ...engines.package import Package, write_manifest
 from ...engines.safetensors_format import TensorRange, write_file
 from ...engines.spec import NETS, Array
-from ...engines.tolerances import relative_l2
+from ...engines.tolerances import decibels, relative_l2
 from ..target import check_target, complete
 from .formats import FORMATS, Format
 from .graph import RoundedGraph
-from .inputs import PROMPTS, STEPS, drawn_inputs
+from .inputs import PROMPTS, STEPS, Drawn, Predict, drawn_pictures
 from .places import along, find_places
 from .ranges import Inputs, measure_ranges
 from .rounding import Rounding, plan_rounding, rounded_weight
@@ -44,11 +44,13 @@ class Rounded:
         package: the new one.
         rounding: what was done.
         relative_l2: of the UNet's output, over all calls of a picture that nothing was measured on.
+        picture_db: of that picture.
     """
 
     package: Package
     rounding: Rounding
     relative_l2: float
+    picture_db: float
 
 
 def quantise_package(
@@ -73,7 +75,7 @@ def quantise_package(
 
     Raises:
         UsageError: no such format, the package cannot be rounded, or `output` exists.
-        NumericError: the rounded UNet is further off than the format's bar.
+        NumericError: the rounded UNet, or a picture of it, is further off than the format's bar.
         PackageError: the package's graphs or weights cannot be read.
         StorageError: the disk is full, or the folder cannot be written.
     """
@@ -81,10 +83,9 @@ def quantise_package(
     check_target(output, overwrite)
     begin = stages(5, progress)
     begin("draw")
-    calls = list(drawn_inputs(package))
-    seen, unseen = calls[: -len(calls) // len(PROMPTS)], calls[-len(calls) // len(PROMPTS) :]
+    *seen, unseen = drawn_pictures(package)
     begin("measure")
-    rounding = plan(package, chosen, seen)
+    rounding = plan(package, chosen, [call for picture in seen for call in picture.calls])
     with complete(output, overwrite) as folder:
         begin("round")
         _Writing(package, folder, rounding).write()
@@ -92,16 +93,11 @@ def quantise_package(
         manifest = replace(package.manifest, files={}, quantised=facts)
         made = write_manifest(folder, manifest)
         begin("compare")
-        distance = compare(package, made, unseen)
-        if not distance <= chosen.bar:
-            raise NumericError(
-                f"the UNet in {chosen.name} is {distance:.2g} (relative L2) from what it was",
-                expected=f"at most {chosen.bar:.2g}",
-                fix="Take another format, or the package as it is.",
-            )
+        distance, likeness = compare(package, made, unseen)
+        _check_bars(chosen, distance, likeness)
         begin("package")
-        write_manifest(folder, replace(manifest, quantised=_facts(rounding, distance)))
-    return Rounded(package=Package.open(output), rounding=rounding, relative_l2=distance)
+        write_manifest(folder, replace(manifest, quantised=_facts(rounding, distance, likeness)))
+    return Rounded(package=Package.open(output), rounding=rounding, relative_l2=distance, picture_db=likeness)
 
 
 def _checked(package: Package, name: str) -> Format:
@@ -126,7 +122,19 @@ def _checked(package: Package, name: str) -> Format:
     return FORMATS[name]
 
 
-def _facts(rounding: Rounding, distance: float) -> dict[str, Any]:
+def _check_bars(format_: Format, distance: float, likeness: float) -> None:
+    """Raise NumericError for what is further off than the format's bars."""
+    if distance <= format_.bar and likeness >= format_.picture_bar:
+        return
+    raise NumericError(
+        f"the UNet in {format_.name} is {distance:.2g} (relative L2) from what it was, and a picture of it"
+        f" {likeness:.1f} dB",
+        expected=f"at most {format_.bar:.2g}, and at least {format_.picture_bar:g} dB",
+        fix="Take another format, or the package as it is.",
+    )
+
+
+def _facts(rounding: Rounding, distance: float, likeness: float) -> dict[str, Any]:
     """For the manifest."""
     return {
         "format": rounding.format.name,
@@ -134,6 +142,7 @@ def _facts(rounding: Rounding, distance: float) -> dict[str, Any]:
         "rounded": [place.name for place in rounding.places],
         "left_out": list(rounding.left_out),
         "relative_l2": float(f"{distance:.3g}"),
+        "picture_db": float(f"{likeness:.3g}"),
         "drawn": {"prompts": len(PROMPTS), "steps": STEPS},
     }
 
@@ -235,17 +244,26 @@ class _Writing:
             )
 
 
-def compare(package: Package, rounded: Package, calls: Sequence[Inputs]) -> float:
-    """The relative L2 between the UNets of two packages, over all these calls together."""
-    wanted, found = (np.stack(_predictions(one, calls)) for one in (package, rounded))
-    return relative_l2(found, wanted)
+def compare(package: Package, rounded: Package, picture: Drawn) -> tuple[float, float]:
+    """How far a package's rounded UNet is from its own: relative L2 over a picture's calls, and the dB of it.
+
+    The picture is drawn anew with either, as their graphs say, node by node: nothing is fused, so narrow
+    products are not what a processor has.
+    """
+    answers: list[Array] = []
+    images: list[Array] = []
+    for one in (package, rounded):
+        predict = _as_it_stands(one)
+        answers.append(np.stack([predict(feeds) for feeds in picture.calls]))
+        (drawn,) = drawn_pictures(package, PROMPTS[-1:], predict=predict)
+        images.append(drawn.image)
+    return relative_l2(answers[1], answers[0]), decibels(images[1], images[0])
 
 
-def _predictions(package: Package, calls: Sequence[Inputs]) -> list[Array]:
-    """As the graph says, node by node: nothing is fused, so narrow products are not what a processor has."""
+def _as_it_stands(package: Package) -> Predict:
     options = session_options(None)
     options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
     give_weights(options, package, "unet")
     path = package.path(package.manifest.nets["unet"].graph)
     session: Any = open_session(path, options, [CPU], culprit="unet")
-    return [session.run(["prediction"], dict(feeds))[0].astype(np.float32) for feeds in calls]
+    return lambda feeds: session.run(["prediction"], dict(feeds))[0].astype(np.float32)

@@ -24,10 +24,14 @@ from latentrt.engines.onnxruntime.lowering.files import read_graph
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.package import Manifest, Package
 from latentrt.engines.spec import Array
-from latentrt.engines.tolerances import relative_l2
-from latentrt.export.quantised import write
+from latentrt.engines.tolerances import (
+    QUANTISED_PICTURE_DB,
+    QUANTISED_RELATIVE_L2,
+    decibels,
+    relative_l2,
+)
 from latentrt.export.quantised.formats import FORMATS, Format
-from latentrt.export.quantised.inputs import drawn_inputs
+from latentrt.export.quantised.inputs import PROMPTS, Drawn, drawn_pictures
 from latentrt.export.quantised.places import Place, find_places
 from latentrt.export.quantised.ranges import Inputs, Range, measure_ranges
 from latentrt.export.quantised.rounding import noise, plan_rounding, rounded_weight, smoothing_factors
@@ -41,16 +45,19 @@ UNETS = ("unet", "unet_whole", "unet_controlled", "unet_image_prompt")
 
 
 @pytest.fixture(scope="module")
-def calls() -> list[Inputs]:
-    return list(drawn_inputs(DEMO))
+def pictures() -> tuple[Drawn, ...]:
+    return drawn_pictures(DEMO)
 
 
 @pytest.fixture(scope="module")
-def rounded(tmp_path_factory: pytest.TempPathFactory, calls: list[Inputs]) -> dict[str, Rounded]:
+def calls(pictures: tuple[Drawn, ...]) -> list[Inputs]:
+    return [call for picture in pictures for call in picture.calls]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rounded]:
     folder = tmp_path_factory.mktemp("rounded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "drawn_inputs", lambda package: iter(calls))
-        return {name: quantise_package(DEMO, folder / name, format=name) for name in FORMATS}
+    return {name: quantise_package(DEMO, folder / name, format=name) for name in FORMATS}
 
 
 # ── numbers ────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,14 +199,18 @@ def test_an_input_that_is_not_the_nets_is_named(calls: list[Inputs]) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_unet_is_within_its_bar_and_smaller(
-    name: str, rounded: dict[str, Rounded], calls: list[Inputs]
+def test_the_unet_is_within_its_bars_and_smaller(
+    name: str, rounded: dict[str, Rounded], pictures: tuple[Drawn, ...]
 ) -> None:
     made = rounded[name]
     assert made.relative_l2 <= FORMATS[name].bar
-    assert made.relative_l2 == pytest.approx(compare(DEMO, made.package, calls[-6:]))
+    assert made.picture_db >= FORMATS[name].picture_bar
+    found = compare(DEMO, made.package, pictures[-1])
+    assert (made.relative_l2, made.picture_db) == pytest.approx(found)
     assert made.relative_l2 > 1e-3, "it is rounded"
+    assert made.picture_db < 60, "it is rounded"
     facts = made.package.manifest.quantised
+    assert facts["picture_db"] == pytest.approx(made.picture_db, rel=1e-2)
     assert facts["format"] == name
     assert facts["capability"] == FORMATS[name].capability
     assert len(facts["rounded"]) + len(facts["left_out"]) == len(
@@ -342,14 +353,32 @@ def test_what_cannot_be_rounded(rounded: dict[str, Rounded], tmp_path: Path) -> 
         quantise_package(DEMO, tmp_path / "there", format="fp8")
 
 
+@pytest.mark.parametrize(
+    ("bars", "bar"), [(QUANTISED_RELATIVE_L2, 1e-3), (QUANTISED_PICTURE_DB, 60.0)], ids=["net", "picture"]
+)
 def test_what_is_too_far_off_is_not_offered(
-    calls: list[Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bars: dict[str, float], bar: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "drawn_inputs", lambda package: iter(calls))
-    monkeypatch.setattr(write, "FORMATS", {"int8": replace(FORMATS["int8"], bar=1e-3)})
+    monkeypatch.setitem(bars, "int8", bar)
     with pytest.raises(NumericError, match=r"the UNet in int8 is .* from what it was"):
         quantise_package(DEMO, tmp_path / "out", format="int8")
     assert list(tmp_path.iterdir()) == [], "nothing is left of it"
+
+
+def test_pictures_are_drawn_with_who_answers(pictures: tuple[Drawn, ...]) -> None:
+    """The whole pipeline draws the same, and another answer is another picture."""
+    with Pipeline.open("demo", backend="onnxruntime") as pipe:
+        made = pipe(PROMPTS[-1], seed=len(PROMPTS) - 1, num_inference_steps=6, output_type="np")
+    np.testing.assert_array_equal(made.images, pictures[-1].image)
+    (grey,) = drawn_pictures(DEMO, PROMPTS[-1:], predict=lambda feeds: np.zeros_like(feeds["latent"]))
+    assert decibels(grey.image, pictures[-1].image) < 20
+
+
+def test_decibels_of_one_shade() -> None:
+    """Published: all pixels off by one shade are 48.13 dB."""
+    grey = np.full((1, 8, 8, 3), 100, np.uint8)
+    assert decibels(grey + 1, grey) == pytest.approx(48.1308, abs=1e-4)
+    assert decibels(grey, grey) == float("inf")
 
 
 def test_a_manifest_says_so_and_older_ones_do_not(rounded: dict[str, Rounded]) -> None:
@@ -360,10 +389,7 @@ def test_a_manifest_says_so_and_older_ones_do_not(rounded: dict[str, Rounded]) -
         Manifest.from_json({**data, "quantised": {"bits": 8}})
 
 
-def test_the_command_says_what_it_did(
-    calls: list[Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write, "drawn_inputs", lambda package: iter(calls))
+def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     out = tmp_path / "fp8"
     done = CliRunner().invoke(app, ["quantise", "demo", "-o", str(out), "--to", "fp8", "--json"])
     assert done.exit_code == 0, done.output
