@@ -14,8 +14,7 @@ from ...checkpoints.graphs.weights import WEIGHTS
 from ...checkpoints.stages import OnProgress, stages
 from ...engines.errors import NumericError, UsageError
 from ...engines.net_weights import net_tensors, weight_values
-from ...engines.onnxruntime.lowering.files import give_weights, read_graph
-from ...engines.onnxruntime.session import CPU, library, open_session, session_options
+from ...engines.onnxruntime.lowering.files import open_as_written, read_graph
 from ...engines.package import Package, write_manifest
 from ...engines.safetensors_format import TensorRange, write_file
 from ...engines.spec import NETS, Array
@@ -243,9 +242,5 @@ def compare(package: Package, rounded: Package, calls: Sequence[Inputs]) -> floa
 
 def _predictions(package: Package, calls: Sequence[Inputs]) -> list[Array]:
     """As the graph says, node by node: nothing is fused, so narrow products are not what a processor has."""
-    options = session_options(None)
-    options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
-    give_weights(options, package, "unet")
-    path = package.path(package.manifest.nets["unet"].graph)
-    session: Any = open_session(path, options, [CPU], culprit="unet")
+    session = open_as_written(package, "unet")
     return [session.run(["prediction"], dict(feeds))[0].astype(np.float32) for feeds in calls]
