@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..package import Package
 from ..profiles import NetProfile, fixed_profile, net_profiles
 from ..spec import NETS, Array
-from ..tolerances import NET_RELATIVE_L2, ROUNDED_RELATIVE_L2, ROUNDING_SHARE, relative_l2
+from ..tolerances import NET_RELATIVE_L2, ROUNDED_RELATIVE_L2, ROUNDING_TIMES, relative_l2
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
 ROUNDS = 20
@@ -196,7 +196,7 @@ def tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
 def allowed_distance(package: Package, net: str) -> float:
     """The largest relative L2 between two programs of a net: its bar, or more where products are rounded."""
     bar = NET_RELATIVE_L2[package.manifest.dtype]
-    return max(bar, ROUNDING_SHARE * float(rounding_of(package, net).get("relative_l2", 0.0)))
+    return max(bar, ROUNDING_TIMES * float(rounding_of(package, net).get("relative_l2", 0.0)))
 
 
 def rounding_of(package: Package, net: str) -> Mapping[str, Any]:

@@ -17,7 +17,8 @@ from onnx.utils import Extractor
 from latentrt.engines import processors
 from latentrt.engines.errors import BackendError, PackageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.lowering import rounded
+from latentrt.engines.onnxruntime.lowering import byte_sums, rounded
+from latentrt.engines.onnxruntime.lowering.byte_sums import check_sums
 from latentrt.engines.onnxruntime.lowering.files import open_as_written, read_graph
 from latentrt.engines.onnxruntime.lowering.rounded import lower_rounded
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
@@ -495,6 +496,7 @@ def test_where_it_was_the_fastest_it_is_opened(
 ) -> None:
     """Measured as ever; only the verdict is ours, as this machine's clock and sums may be anything."""
     can(monkeypatch, True)
+    monkeypatch.setattr(cpu_tuning, "check_sums", lambda: None)
     real = cpu_tuning.choose_layout
     seen: list[Choice] = []
 
@@ -507,14 +509,51 @@ def test_where_it_was_the_fastest_it_is_opened(
     (tuned,) = tune_package(package, store, nets=["unet"], rounds=1)
     assert tuned.entry.facts["layout"] == INT8
     assert set(seen[0].relative_l2) == {*CPU_LAYOUTS[1:], INT8}
-    if adds_bytes():
-        assert INT8 not in seen[0].rejected
+    assert INT8 not in seen[0].rejected
     with ONNXRUNTIME.open_net(package, "unet") as net:
         assert net.layout == INT8
         feeds = dict(calls[0])
         found = net(**feeds)["prediction"]
     wanted = open_as_written(package, "unet").run(["prediction"], feeds)[0]
     assert relative_l2(found, wanted) < 0.03, "also where sums saturate it is the same net"
+
+
+class Saturating:
+    """A session whose sums of two products have 16 bits, as on x86 without VNNI."""
+
+    bits = 16
+
+    def __init__(self, *_: object, content: bytes, **__: object) -> None:
+        weights = {
+            one.name: numpy_helper.to_array(one) for one in onnx.load_from_string(content).graph.initializer
+        }
+        self.weight = weights["w"].astype(int)
+
+    def run(self, names: list[str], feeds: dict[str, Array]) -> list[Array]:
+        assert names == ["y"]
+        single = feeds["q"].astype(int)[:, :, None] * self.weight
+        pairs = np.clip(single[:, ::2] + single[:, 1::2], -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+        return [(pairs.sum(axis=1) - 128 * self.weight.sum(axis=0)).astype(np.float32)]
+
+
+def test_sums_that_saturate_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if adds_bytes():
+        check_sums()
+    monkeypatch.setattr(byte_sums, "open_session", Saturating)
+    with pytest.raises(BackendError, match="has sums of bytes saturate"):
+        check_sums()
+    monkeypatch.setattr(Saturating, "bits", 32)
+    check_sums()
+
+
+def test_sums_that_saturate_are_out(
+    package: Package, store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    can(monkeypatch, True)
+    monkeypatch.setattr(byte_sums, "open_session", Saturating)
+    (tuned,) = tune_package(package, store, nets=["unet"], rounds=1)
+    assert "saturate" in tuned.entry.facts["rejected"][INT8]
+    assert tuned.entry.facts["layout"] != INT8
 
 
 def test_what_is_compared_with_is_computed_node_by_node(package: Package, tmp_path: Path) -> None:
@@ -527,8 +566,7 @@ def test_what_is_compared_with_is_computed_node_by_node(package: Package, tmp_pa
 
 
 def test_bars_are_wider_where_products_are_rounded(package: Package) -> None:
-    third = package.manifest.quantised["relative_l2"] / 3
-    assert allowed_distance(package, "unet") == pytest.approx(third)
+    assert allowed_distance(package, "unet") == 1.5 * package.manifest.quantised["relative_l2"]
     assert allowed_distance(package, "vae_decoder") == NET_RELATIVE_L2["fp32"]
     assert allowed_distance(DEMO, "unet") == NET_RELATIVE_L2["fp32"]
 

@@ -28,6 +28,7 @@ from ...tuning.choice import (
     tuned_nets,
 )
 from ...tuning.runs import measured_inputs, milliseconds
+from ..lowering.byte_sums import check_sums
 from ..lowering.files import LoweredGraph, check_lowering, open_as_written, read_graph, write_graph
 from ..lowering.fused import lower_attention, lower_geglus, lower_group_norms
 from ..lowering.rounded import lower_rounded
@@ -148,6 +149,8 @@ class _Trials:
         those of `plain` too, and then they may saturate.
         """
         self.report(f"opening {name}", 0.0)
+        if name == INT8:
+            check_sums()
         lowered = lower_for_cpu(self.package, self.net, name, self.folder) if name != "plain" else None
         with ExitStack() as stack:
             net = stack.enter_context(OnnxRuntimeNet(self.package, self.net, lowered=lowered))
