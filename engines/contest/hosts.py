@@ -17,8 +17,7 @@ from ..package import Package
 from ..spec import Array
 from ..store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ..store.key import canonical_json
-from ..tolerances import NET_RELATIVE_L2
-from ..tuning.choice import Measured, choice_facts, choose_layout, tuned_nets
+from ..tuning.choice import Measured, allowed_distance, choice_facts, choose_layout, tuned_nets
 from ..tuning.runs import measured_inputs, milliseconds
 from .fastest import HOSTS, contest_key
 
@@ -46,7 +45,7 @@ def measure_hosts(
     """Make sure that the store has what the backends take for the UNet and the decoder, on this machine.
 
     Takes a dozen runs of each net, and while it lasts the memory of all backends' nets of one name. A backend
-    whose output is not the first one's, within `NET_RELATIVE_L2`, is out.
+    whose output is not the first one's, within `allowed_distance`, is out.
 
     Raises:
         BackendError: the first backend cannot run here.
@@ -59,7 +58,7 @@ def measure_hosts(
         choice = choose_layout(
             trials.measure,
             HOSTS,
-            parity=NET_RELATIVE_L2[package.manifest.dtype],
+            parity=allowed_distance(package, net),
             rounds=rounds,
             warm_up=_WARM_UP,
         )

@@ -98,7 +98,7 @@ class OnnxRuntimeNet:
         lowered: LoweredGraph | None = None,
     ) -> None:
         self.name = name
-        self.layout = lowered.layout if lowered else "plain"  # one of `tuning.cpu_layouts.CPU_LAYOUTS`
+        self.layout = lowered.layout if lowered else "plain"  # of `tuning.cpu_layouts.layouts_of`
         content = lowered.graph if lowered else None
         file = package.manifest.nets[name]
         self.spec: NetSpec = file.spec

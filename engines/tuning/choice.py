@@ -17,8 +17,8 @@ import numpy as np
 from ..errors import UsageError
 from ..package import Package
 from ..profiles import NetProfile, fixed_profile, net_profiles
-from ..spec import Array
-from ..tolerances import ROUNDED_RELATIVE_L2, relative_l2
+from ..spec import NETS, Array
+from ..tolerances import NET_RELATIVE_L2, ROUNDED_RELATIVE_L2, ROUNDING_TIMES, relative_l2
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
 ROUNDS = 20
@@ -191,6 +191,17 @@ def tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
             fix="Leave --nets out to measure all of them.",
         )
     return tuple(net for net in every if not wanted or net in wanted)
+
+
+def allowed_distance(package: Package, net: str) -> float:
+    """The largest relative L2 between two programs of a net: its bar, or more where products are rounded."""
+    bar = NET_RELATIVE_L2[package.manifest.dtype]
+    return max(bar, ROUNDING_TIMES * float(rounding_of(package, net).get("relative_l2", 0.0)))
+
+
+def rounding_of(package: Package, net: str) -> Mapping[str, Any]:
+    """What was done to a net's products (`Manifest.quantised`); empty where nothing was."""
+    return package.manifest.quantised if NETS[net].part == "unet" else {}
 
 
 def measured_profile(package: Package, net: str) -> NetProfile:

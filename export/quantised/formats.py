@@ -32,6 +32,8 @@ class Format:
         block: values of a weight along the products that share a scale; 0 is all of them.
         operators: whose weights.
         capability: of the oldest NVIDIA GPUs that compute with it (TensorRT's support matrix).
+        bar: the largest relative L2 of a net's output, over all calls that it is compared on.
+        picture_bar: the least dB of a picture, beside that of the package as it was.
     """
 
     name: str
@@ -46,16 +48,8 @@ class Format:
     block: int = 0
     operators: tuple[str, ...] = ("MatMul", "Conv")
     capability: str
-
-    @property
-    def bar(self) -> float:
-        """The largest relative L2 of a net's output, over all calls that it is compared on."""
-        return QUANTISED_RELATIVE_L2[self.name]
-
-    @property
-    def picture_bar(self) -> float:
-        """The least dB of a picture, beside that of the package as it was."""
-        return QUANTISED_PICTURE_DB[self.name]
+    bar: float
+    picture_bar: float
 
     def narrowed(self, values: Array) -> Any:
         """Values at scale 1 as the type's numbers, in bytes as they are stored, (…,) flat."""
@@ -90,6 +84,8 @@ FORMATS: Mapping[str, Format] = {
             by_channel=True,
             smooths=True,
             capability="7.5",
+            bar=QUANTISED_RELATIVE_L2["int8"],
+            picture_bar=QUANTISED_PICTURE_DB["int8"],
         ),
         Format(  # one scale for a tensor: a float's precision does not depend on it
             name="fp8",
@@ -101,6 +97,8 @@ FORMATS: Mapping[str, Format] = {
             by_channel=False,
             relative_error=0.026,  # three bits behind the point: off by 2^-4 at most
             capability="8.9",
+            bar=QUANTISED_RELATIVE_L2["fp8"],
+            picture_bar=QUANTISED_PICTURE_DB["fp8"],
         ),
         Format(  # weights alone: for cards that a model does not fit on otherwise
             name="int4",
@@ -113,6 +111,8 @@ FORMATS: Mapping[str, Format] = {
             block=64,
             operators=("MatMul",),
             capability="8.0",
+            bar=QUANTISED_RELATIVE_L2["int4"],
+            picture_bar=QUANTISED_PICTURE_DB["int4"],
         ),
     )
 }

@@ -14,8 +14,7 @@ from ...checkpoints.graphs.weights import WEIGHTS
 from ...checkpoints.stages import OnProgress, stages
 from ...engines.errors import NumericError, UsageError
 from ...engines.net_weights import net_tensors, weight_values
-from ...engines.onnxruntime.lowering.files import give_weights, read_graph
-from ...engines.onnxruntime.session import CPU, library, open_session, session_options
+from ...engines.onnxruntime.lowering.files import open_as_written, read_graph
 from ...engines.package import Package, write_manifest
 from ...engines.safetensors_format import TensorRange, write_file
 from ...engines.spec import NETS, Array
@@ -88,16 +87,29 @@ def quantise_package(
     rounding = plan(package, chosen, [call for picture in seen for call in picture.calls])
     with complete(output, overwrite) as folder:
         begin("round")
-        _Writing(package, folder, rounding).write()
-        facts = {"format": chosen.name, "capability": chosen.capability}
-        manifest = replace(package.manifest, files={}, quantised=facts)
-        made = write_manifest(folder, manifest)
+        made = write_rounded(package, folder, rounding)
         begin("compare")
         distance, likeness = compare(package, made, unseen)
         _check_bars(chosen, distance, likeness)
         begin("package")
-        write_manifest(folder, replace(manifest, quantised=_facts(rounding, distance, likeness)))
+        found = {"relative_l2": distance, "picture_db": likeness}
+        drawn = {"drawn": {"prompts": len(PROMPTS), "steps": STEPS}}
+        short = {name: float(f"{value:.3g}") for name, value in found.items()}
+        facts = {**made.manifest.quantised, **short, **drawn}
+        write_manifest(folder, replace(made.manifest, files={}, quantised=facts))
     return Rounded(package=Package.open(output), rounding=rounding, relative_l2=distance, picture_db=likeness)
+
+
+def write_rounded(package: Package, folder: Path, rounding: Rounding) -> Package:
+    """Write a rounded package, not compared yet, into an empty folder. Raises PackageError, StorageError."""
+    _Writing(package, folder, rounding).write()
+    facts = {
+        "format": rounding.format.name,
+        "capability": rounding.format.capability,
+        "rounded": [place.name for place in rounding.places],
+        "left_out": list(rounding.left_out),
+    }
+    return write_manifest(folder, replace(package.manifest, files={}, quantised=facts))
 
 
 def _checked(package: Package, name: str) -> Format:
@@ -132,19 +144,6 @@ def _check_bars(format_: Format, distance: float, likeness: float) -> None:
         expected=f"at most {format_.bar:.2g}, and at least {format_.picture_bar:g} dB",
         fix="Take another format, or the package as it is.",
     )
-
-
-def _facts(rounding: Rounding, distance: float, likeness: float) -> dict[str, Any]:
-    """For the manifest."""
-    return {
-        "format": rounding.format.name,
-        "capability": rounding.format.capability,
-        "rounded": [place.name for place in rounding.places],
-        "left_out": list(rounding.left_out),
-        "relative_l2": float(f"{distance:.3g}"),
-        "picture_db": float(f"{likeness:.3g}"),
-        "drawn": {"prompts": len(PROMPTS), "steps": STEPS},
-    }
 
 
 def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding:
@@ -261,9 +260,5 @@ def compare(package: Package, rounded: Package, picture: Drawn) -> tuple[float, 
 
 
 def _as_it_stands(package: Package) -> Predict:
-    options = session_options(None)
-    options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
-    give_weights(options, package, "unet")
-    path = package.path(package.manifest.nets["unet"].graph)
-    session: Any = open_session(path, options, [CPU], culprit="unet")
+    session = open_as_written(package, "unet")
     return lambda feeds: session.run(["prediction"], dict(feeds))[0].astype(np.float32)

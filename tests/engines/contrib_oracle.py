@@ -8,6 +8,8 @@ lowering:
     NhwcConv        a convolution whose input is NHWC and whose weight is (M, kH, kW, C / group)
     BiasAdd         x + bias + skip
     BiasSplitGelu   left * gelu(right) of the halves of x + bias
+    MatMulIntegerToFloat   a_scale b_scale (A - a_zero_point) B + bias; the CPU has a kernel, whose sums
+                    saturate on some processors, so it is one of `exact`
 
 SkipLayerNormalization and MultiHeadAttention have kernels on the CPU, and are left to them.
 """
@@ -100,6 +102,30 @@ BiasSplitGelu (X, bias) => (Y) {
     Y = Mul (left, gate)
 }
 """
+_MATMUL_INTEGER_TO_FLOAT = """
+<domain: "oracle", opset_import: ["" : 23]>
+MatMulIntegerToFloat{kind} (A, B, a_scale, b_scale, a_zero_point{bias}) => (Y) {{
+    a = Cast <to = 11> (A)
+    b = Cast <to = 11> (B)
+    zero = Cast <to = 11> (a_zero_point)
+    centred = Sub (a, zero)
+    sums = MatMul (centred, b)
+    data_scale = Cast <to = 11> (a_scale)
+    weight_scale = Cast <to = 11> (b_scale)
+    scale = Mul (data_scale, weight_scale)
+    scaled = Mul (sums, scale)
+    {terms}
+    Y = Cast <to = 1> (y)
+}}
+"""
+_EXACT = {
+    "": _MATMUL_INTEGER_TO_FLOAT.format(kind="", bias="", terms="y = Identity (scaled)"),
+    "Bias": _MATMUL_INTEGER_TO_FLOAT.format(
+        kind="Bias",
+        bias=", no_zero_point, bias",
+        terms="wide = Cast <to = 11> (bias)\n    y = Add (scaled, wide)",
+    ),
+}
 _FUNCTIONS = {
     "GroupNorm": _GROUP_NORM,
     "NhwcConv": _NHWC_CONV,
@@ -121,6 +147,20 @@ def executable(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.op_type += "Bias" if len(node.input) == 5 else ""
                 node.output.extend([f"{node.output[0]}/sum"] * (2 - len(node.output)))
     copy.functions.extend(map(parser.parse_function, _FUNCTIONS.values()))
+    copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    return copy
+
+
+def exact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose products of bytes are functions of the model, with sums in float64."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            node.domain = DOMAIN
+            if len(node.input) == 7:
+                node.op_type += "Bias"
+    copy.functions.extend(map(parser.parse_function, _EXACT.values()))
     copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return copy
 

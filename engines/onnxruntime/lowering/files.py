@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
 from ...package import Package
-from ..session import WEIGHTS_FOLDER
+from ..session import CPU, WEIGHTS_FOLDER, library, open_session, session_options
 from .winograd import Kernel
 
 if TYPE_CHECKING:
@@ -78,3 +78,16 @@ def give_weights(options: Any, package: Package, net: str) -> None:
     """Let a session of `options` find a net's weights, wherever its graph and they are."""
     if package.manifest.nets[net].weights:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(package.weights_folder(net)))
+
+
+def open_as_written(package: Package, net: str) -> Any:
+    """A session on the CPU that computes what a net's graph says node by node, with nothing fused.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph.
+        MemoryLimitError: its weights do not fit.
+    """
+    options = session_options(None)
+    options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
+    give_weights(options, package, net)
+    return open_session(package.path(package.manifest.nets[net].graph), options, [CPU], culprit=net)

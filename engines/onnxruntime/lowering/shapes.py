@@ -44,6 +44,7 @@ _LIKE_FIRST = frozenset(
     {
         *("Cast", "Clip", "Cos", "Gelu", "Identity", "Relu", "Sigmoid", "Sin", "Softmax", "Swish", "Tanh"),
         *("GroupNorm", "GroupNormalization", "LayerNormalization"),
+        *("QuantizeLinear", "DequantizeLinear"),
     }
 )
 _BROADCAST = frozenset({"Add", "Div", "GreaterOrEqual", "Max", "Mul", "Sub", "Where"})

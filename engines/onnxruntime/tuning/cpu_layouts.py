@@ -2,8 +2,10 @@
 
 There are three: `plain`, the package's own graph; `fused`, in which group normalisation, GEGLU and
 self-attention are lowered (`lowering/fused.py`); and `winograd`, in which 3x3 convolutions are lowered too
-(`winograd.py`). `tuning/cpu.py` measures which is the fastest. Every start
-passes here and most machines have measured nothing, so the store is imported only where it has entries.
+(`winograd.py`). Packages that are rounded to int8 have `int8` beside them, in which rounded products are
+lowered (`rounded.py`), on processors that compute those right. `tuning/cpu.py` measures which is the fastest.
+Every start passes here and most machines have measured nothing, so the store is imported only where it has
+entries.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LatentrtError
 from ...package import Package
-from ...processors import processor, usable_processors
+from ...processors import adds_bytes, processor, usable_processors
 from ...store.files import default_root, has_engines
-from ...tuning.choice import TUNED_NETS
+from ...tuning.choice import TUNED_NETS, rounding_of
 from ..lowering.files import LoweredGraph
 from ..lowering.winograd import Kernel
 
@@ -25,8 +27,15 @@ if TYPE_CHECKING:
     from ...store.key import EngineKey
 
 CPU_LAYOUTS = ("plain", "fused", "winograd")  # the simplest first
-# Raised when `fused` or `winograd` makes other graphs, so that a stored one is never taken for today's.
+INT8 = "int8"  # the layout, and the format of the packages that have it
+# Raised when a layout makes other graphs, so that a stored one is never taken for today's.
 _REVISION = 1
+
+
+def layouts_of(package: Package, net: str) -> tuple[str, ...]:
+    """The layouts of a net on this processor, the simplest first."""
+    rounded = rounding_of(package, net).get("format") == INT8
+    return (*CPU_LAYOUTS, INT8) if rounded and adds_bytes() else CPU_LAYOUTS
 
 
 def cpu_key(package: Package, net: str, version: str) -> EngineKey:
@@ -45,7 +54,7 @@ def cpu_key(package: Package, net: str, version: str) -> EngineKey:
         version=version,
         target=Target(compute_capability="cpu", gpu=cores, driver="any"),
         profiles=(f"{defaults.width}x{defaults.height}",),
-        flags=sorted((*CPU_LAYOUTS, f"lowering {_REVISION}")),
+        flags=sorted((*layouts_of(package, net), f"lowering {_REVISION}")),
     )
 
 
@@ -67,7 +76,7 @@ def lowered_graph(
             return None
         graph = found.read()  # also of `plain`: `prune` goes by when an entry was read last
         layout: str = found.facts["layout"]
-        if layout in CPU_LAYOUTS[1:]:
+        if layout in layouts_of(package, net)[1:]:
             rows: list[Mapping[str, Any]] = found.facts["kernels"]
             return LoweredGraph(layout=layout, graph=graph, kernels=tuple(Kernel(**row) for row in rows))
     return None
