@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.models import rounded as making
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.quantised_table import quantised_table
@@ -347,3 +348,14 @@ def test_other_verbs_have_no_peers_in_fewer_bits() -> None:
     for name in ROUNDED_PEERS:
         done = CliRunner().invoke(app, ["bench", "latency", "demo", "--peers", name])
         assert "unknown name" in str(done.exception)
+
+
+def test_packages_of_random_weights_are_rounded_uncompared(tmp_path: Path) -> None:
+    making.main([str(PACKAGE.root), str(tmp_path / "int8"), "--to", "int8"])
+    facts = Package.open(tmp_path / "int8").manifest.quantised
+    assert facts["format"] == "int8"
+    assert facts["rounded"]
+    assert "relative_l2" not in facts
+    assert "left out, not compared" in CliRunner().invoke(app, ["inspect", str(tmp_path / "int8")]).output
+    with pytest.raises(UsageError, match="is a package already"):
+        making.main([str(PACKAGE.root), str(tmp_path / "int8")])
