@@ -48,7 +48,7 @@ TASKS = {
 
 @pytest.fixture(
     scope="module",
-    params=["tiny2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny1", "xl-tiny"))],
+    params=["tiny2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny1", "xl-levels-tiny"))],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steered]:
     yield from opened(request, tmp_path_factory)

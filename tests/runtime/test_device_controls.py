@@ -215,7 +215,7 @@ def test_memory_of_controls_is_known(package: Package, made: Path) -> None:
 
 
 def drawn_within(package: Package, made: Path, limit: int) -> tuple[Array, list[str], int]:
-    """Two steered pictures, what was given up for them, and the peak; a ControlNet claims 16 MB for 4 rows."""
+    """Two steered pictures, what was given up for them, and the peak; a ControlNet claims 16 MB a call."""
     device, lines = HostDevice(limit), list[str]()
     wrap = lambda name, net: Hungry(net, 16_000) if name == "controlnet" else net  # noqa: E731
     more = {"wrap": wrap, "log": lines.append, "open_control": opener(made)}

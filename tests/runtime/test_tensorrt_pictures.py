@@ -424,7 +424,10 @@ def test_several_controlnets_by_the_same_engine(
     package: Package, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of the UNet, that is, with none, one and two of them, in parts of the steps."""
-    store, options = EngineStore(tmp_path / "store"), Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads)
+    store, options = (
+        EngineStore(tmp_path / "store"),
+        Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads),
+    )
     control = open_control(CONTROLS["demo"] / "edges", options, store=tmp_path / "cache")
     fill(store, package, variant, ["64x64:b1"])
     fill(store, package, variant, ["64x64:b1"], net="unet_controlled")

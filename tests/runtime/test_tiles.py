@@ -58,9 +58,7 @@ def test_what_windows_agree_on_is_blended_to_itself() -> None:
 # ── seams ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def differences(
-    pipe: Pipeline, side: int, overlap: int, net: str | None
-) -> tuple[np.ndarray, np.ndarray]:
+def differences(pipe: Pipeline, side: int, overlap: int, net: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Between neighbours along both axes, at borders of tiles and elsewhere: mean absolute ones.
 
     A ControlNet, if one is named, reads the small picture, in each tile its part of it.
