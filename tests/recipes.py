@@ -84,8 +84,8 @@ _SMALL_XL = Recipe(
     pipeline="StableDiffusionXLPipeline",
     index={"force_zeros_for_empty_prompt": True},
 )
-# Three levels, of which the first has no transformer, and latents of 8 pixels, as published: what controls add
-# goes by levels.
+# Three levels, of which the first has no transformer, and latents of 8 pixels, as published: what controls
+# add goes by levels.
 _LEVELS_XL = replace(
     _SMALL_XL,
     unet=unet(

@@ -56,7 +56,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def painter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steered]:
-    """Of a UNet of nine channels: the latent, the mask and the masked picture."""
+    """Its UNet reads nine channels: the latent, the mask and the masked picture."""
     yield from opened(request, tmp_path_factory)
 
 

@@ -423,7 +423,7 @@ def test_one_engine_draws_with_and_without_controls(
 def test_several_controlnets_by_the_same_engine(
     package: Package, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of the UNet, that is, with none, one and two of them, in parts of the steps."""
+    """The UNet's engine draws with none, one and two of them, in parts of the steps."""
     store, options = (
         EngineStore(tmp_path / "store"),
         Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads),
