@@ -164,7 +164,7 @@ def _control_text(control: Mapping[str, Any]) -> str:
     usual = "ip-adapter" if control["kind"] == "ip-adapter" else "none"
     values = {
         "Module": control.get("preparation", usual),
-        "Model": f"{control['model']} [{control['sha256'][:8]}]",
+        "Model": f"{written_name(control['model'])} [{control['sha256'][:8]}]",
         "Weight": _one_weight(control["strength"]),
         "Resize Mode": _RESIZE_MODES.get(control.get("resize_mode", "")),
         "Threshold A": control.get("settings", {}).get("low"),

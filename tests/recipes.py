@@ -84,6 +84,22 @@ _SMALL_XL = Recipe(
     pipeline="StableDiffusionXLPipeline",
     index={"force_zeros_for_empty_prompt": True},
 )
+# Three levels, of which the first has no transformer, and latents of 8 pixels, as published: what controls
+# add goes by levels.
+_LEVELS_XL = replace(
+    _SMALL_XL,
+    unet=unet(
+        (32, 64, 64),
+        (False, True, True),
+        cross_attention_dim=192,
+        attention_head_dim=[1, 2, 4],
+        transformer_layers_per_block=[1, 1, 2],
+        sample_size=16,
+        layers_per_block=1,
+        **xl(6, 96, 8),
+    ),
+    vae=vae((32, 32, 32, 32), layers_per_block=1, sample_size=128, scaling_factor=0.13025, force_upcast=True),
+)
 
 
 def _unclip(width: int, hidden_act: str) -> UnclipRecipe:
@@ -172,6 +188,7 @@ RECIPES: Mapping[str, Recipe] = {
         vae=vae((16, 16, 32), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.5),
         scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
     ),
+    "xl-levels-tiny": _LEVELS_XL,
     **FAMILIES,
 }
 

@@ -32,8 +32,13 @@ def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder
 
 
 def controlnet(unet: Any, scale: int, seed: int) -> Any:
-    """One of the UNet's weights, its own layers random: those of a new one are zeros at its outputs."""
+    """One of the UNet's weights, its own layers random: those of a new one are zeros at its outputs.
+
+    Of an inpainting model's UNet it is one for the latent alone, of random weights.
+    """
     torch.manual_seed(seed)
+    if unet.config.in_channels != unet.config.out_channels:
+        unet = type(unet).from_config({**unet.config, "in_channels": unet.config.out_channels})
     widths = (8, 12, 16, 20)[: scale.bit_length()]
     net: Any = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     with torch.no_grad():

@@ -101,6 +101,24 @@ def test_a_net_that_averages(pair: Steered, tmp_path: Path) -> None:
     assert psnr(wanted, ours(pair.ours, [5], prompt="a ring", **FAST)) < SEEN
 
 
+def test_a_net_that_reads_blue_first(pair: Steered, tmp_path: Path) -> None:
+    net, reference = pair.nets[0], pair.steered(kind(pair))
+    net.register_to_config(controlnet_conditioning_channel_order="bgr")
+    try:
+        net.save_pretrained(tmp_path / "blue")
+        wanted = drawn(reference, [5], prompt="a ring", image=hint(), **FAST)
+    finally:
+        net.register_to_config(controlnet_conditioning_channel_order="rgb")
+    name = pair.ours.load_control(tmp_path / "blue")
+    try:
+        found = ours(pair.ours, [5], prompt="a ring", controls=[Control(model=name, image=hint())], **FAST)
+    finally:
+        pair.ours.unload_controls(name)
+    assert psnr(wanted, found) >= BAR
+    red_first = [Control(model=pair.names[0], image=hint())]
+    assert psnr(wanted, ours(pair.ours, [5], prompt="a ring", controls=red_first, **FAST)) < BAR
+
+
 def test_two_nets(pair: Steered) -> None:
     wanted = drawn(
         pair.steered(kind(pair), 2),

@@ -158,7 +158,7 @@ class Prompted(Pair):
 
 
 @pytest.fixture(
-    scope="module", params=["tiny2", pytest.param("xl-tiny", marks=pytest.mark.slow)], name="pair"
+    scope="module", params=["tiny2", pytest.param("xl-levels-tiny", marks=pytest.mark.slow)], name="pair"
 )
 def prompted_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from latentrt import CheckpointError, Control, ImagePrompt, NumericError, UsageError
+from latentrt import CheckpointError, Control, ImagePrompt, NumericError, UsageError, read_metadata
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.demo import placed, shapes
 from latentrt.demo.checker import check, seen_mask
@@ -25,6 +25,7 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.runtime import Pipeline
 from latentrt.runtime.controls.canny import canny
 from latentrt.runtime.model import CONTROLS
+from latentrt.runtime.pictures.infotext import parse_infotext
 from latentrt.runtime.prompts.encode import TextConditioner
 from tests.parity_pair import BAR, drawn, psnr
 
@@ -200,6 +201,52 @@ def test_t54_a_picture_that_is_not_finite_names_its_controls(
     monkeypatch.setattr(TextConditioner, "encode", Mock(side_effect=NumericError("a", expected="b", fix="c")))
     with pytest.raises(NumericError, match=r"^a;"):
         pipe("a prompt that is not cached", num_inference_steps=1)
+
+
+def test_pictures_say_their_controls_as_automatic1111s_extension_reads_them(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    """Its rule: pairs between commas, each at its one colon (sd-webui-controlnet's scripts/infotext.py)."""
+    pipe.load_control("edges", "mine, 2: new")
+    try:
+        controls = [
+            Control(model="mine, 2: new", image=BLANK, preparation="canny", strength=0.7, mode="control"),
+            Control(**EVERY, start=0.2, end=0.9, resize_mode="crop"),
+        ]
+        result = pipe("a star", seed=0, num_inference_steps=2, controls=controls)
+    finally:
+        pipe.unload_controls("mine, 2: new")
+    result.save(tmp_path / "steered.png")
+    written = parse_infotext(read_metadata(tmp_path / "steered.png").parameters or "")
+    digest = result.record()["steered_by"][1]["sha256"][:8]
+    found = [
+        dict(item.strip().split(": ") for item in str(written[f"ControlNet {number}"]).split(","))
+        for number in range(2)
+    ]
+    assert found == [
+        {
+            "Module": "canny",
+            "Model": f"mine 2 new [{digest}]",
+            "Weight": "0.7",
+            "Resize Mode": "Just Resize",
+            "Threshold A": "100.0",
+            "Threshold B": "200.0",
+            "Guidance Start": "0.0",
+            "Guidance End": "1.0",
+            "Pixel Perfect": "True",
+            "Control Mode": "ControlNet is more important",
+        },
+        {
+            "Module": "none",
+            "Model": f"edges [{digest}]",
+            "Weight": "1.0",
+            "Resize Mode": "Crop and Resize",
+            "Guidance Start": "0.2",
+            "Guidance End": "0.9",
+            "Pixel Perfect": "True",
+            "Control Mode": "Balanced",
+        },
+    ]
 
 
 def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:

@@ -13,7 +13,7 @@ import torch
 from latentrt import Control, ImagePrompt
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.errors import BackendError, UsageError
+from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.export.architectures import Architecture
@@ -27,6 +27,7 @@ from tests.engines.host_device import HostDevice
 from tests.parity_pair import photo
 from tests.runtime.device_bench import device_pipeline
 from tests.runtime.test_adapters import write
+from tests.runtime.test_memory_fallback import Hungry
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "seed": 3, "output_type": "np"}
 CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -211,6 +212,47 @@ def test_memory_of_controls_is_known(package: Package, made: Path) -> None:
         assert loop.describe_memory() != before
         pipe.unload_controls()
         assert "edges: controlnet" not in loop.ledger
+
+
+def drawn_within(package: Package, made: Path, limit: int) -> tuple[Array, list[str], int]:
+    """Two steered pictures, what was given up for them, and the peak; a ControlNet claims 16 MB a call."""
+    device, lines = HostDevice(limit), list[str]()
+    wrap = lambda name, net: Hungry(net, 16_000) if name == "controlnet" else net  # noqa: E731
+    more = {"wrap": wrap, "log": lines.append, "open_control": opener(made)}
+    with device_pipeline(package, device, **more) as (pipe, _):
+        pipe.load_control(made / "edges")
+        found = draw(pipe, edges(), num_images_per_prompt=2)
+    return found, [line.partition(": ")[2].partition(" -> ")[0] for line in lines], device.peak
+
+
+def test_memory_that_a_net_of_a_control_lacks_is_given_up_elsewhere(package: Package, made: Path) -> None:
+    """By the same ladder as for the UNet's, and the picture stays."""
+    wanted, none, peak = drawn_within(package, made, 2**40)
+    assert none == []
+    found, fallbacks, low = drawn_within(package, made, peak - 7_000_000)
+    assert fallbacks == ["free idle contexts", "split the batch"]
+    assert low < peak
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    found, fallbacks, _ = drawn_within(package, made, peak - 11_000_000)
+    assert fallbacks == ["free idle contexts", "split the batch", "run the CFG halves apart"]
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_weights_of_controls_are_in_the_numbers_of_a_refusal(package: Package, made: Path) -> None:
+    """And what did not fit is drawn once there is room."""
+    device = HostDevice()
+    with device_pipeline(package, device, open_control=opener(made)) as (pipe, loop):
+        of_model = sum(one.weights for one in loop.ledger.values())
+        pipe.load_control(made / "edges")
+        whole = sum(one.weights for one in loop.ledger.values())
+        assert whole > 1.2 * of_model
+        device.limit = 300_000
+        with pytest.raises(
+            MemoryLimitError, match=rf"1 x 64x64 does not fit.*weights {whole / 2**20:.0f} MiB"
+        ):
+            draw(pipe, edges())
+        device.limit = 2**40
+        assert draw(pipe, edges()).std() > 10
 
 
 def test_a_control_that_is_unloaded_between_steps(package: Package, made: Path) -> None:

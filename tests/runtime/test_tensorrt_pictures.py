@@ -420,6 +420,44 @@ def test_one_engine_draws_with_and_without_controls(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_several_controlnets_by_the_same_engine(
+    package: Package, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The UNet's engine draws with none, one and two of them, in parts of the steps."""
+    store, options = (
+        EngineStore(tmp_path / "store"),
+        Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads),
+    )
+    control = open_control(CONTROLS["demo"] / "edges", options, store=tmp_path / "cache")
+    fill(store, package, variant, ["64x64:b1"])
+    fill(store, package, variant, ["64x64:b1"], net="unet_controlled")
+    for net in control.manifest.nets:
+        fill(store, control, variant, ["64x64:b1"], net=net)
+    first, second = (
+        Control(model=name, image=photo(64, 64, seed), preparation="canny", strength=strength, end=end)
+        for name, seed, strength, end in (("edges", 0, 0.6, 1.0), ("other", 1, 0.8, 0.7))
+    )
+
+    def pictures(pipe: Pipeline) -> list[np.ndarray]:
+        for name in ("edges", "other"):
+            pipe.load_control(CONTROLS["demo"] / "edges", name)
+        requests = [[first, second], [], [second], [first], [first, second]]
+        return [pipe(PROMPT, **SMALL, controls=controls).images.astype(int) for controls in requests]
+
+    with Pipeline.open(package.root, backend="onnxruntime") as host:
+        host.controls._open_package = lambda path, encoder: control
+        wanted = pictures(host)
+    assert len({picture.tobytes() for picture in wanted}) == 4
+    bench = Bench(monkeypatch, variant)
+    opener: Any = lambda path, encoder: control  # noqa: E731
+    with bench.open(package, store, open_control=opener) as pipe:
+        for found, images in zip(pictures(pipe), wanted, strict=True):
+            assert np.abs(found - images).max() <= 1
+        assert pipe.loop.unet == "unet_controlled"
+    assert not bench.device.blocks
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_everything_in_one_request(
     package: Package, loras: Path, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentrt import CancelledError, Pipeline, UsageError, read_metadata, redraw, refine
+from latentrt import CancelledError, Control, Pipeline, UsageError, read_metadata, redraw, refine
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.job import Condition, ControlJob, FeatureJob, ImagePromptJob, SteeringJob
 from latentrt.runtime.pictures.windows import Window, Windows, blend
@@ -58,8 +58,10 @@ def test_what_windows_agree_on_is_blended_to_itself() -> None:
 # ── seams ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def differences(pipe: Pipeline, side: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:
+def differences(pipe: Pipeline, side: int, overlap: int, net: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Between neighbours along both axes, at borders of tiles and elsewhere: mean absolute ones.
+
+    A ControlNet, if one is named, reads the small picture, in each tile its part of it.
 
     Of what was drawn less the enlarged picture, where pixels of the decoder's cells meet: only there can
     tiles begin, and neighbours differ more than inside a cell.
@@ -73,6 +75,8 @@ def differences(pipe: Pipeline, side: int, overlap: int) -> tuple[np.ndarray, np
         small = photo(320, 320, seed).crop((left, top, left + 128, top + 128))  # the part without edges
         large = np.asarray(small.resize((size, size), Image.Resampling.LANCZOS)).astype(float)
         tiles: dict[str, Any] = {"draw_tile": side, "draw_overlap": overlap, "upscale": 2, "strength": 0.15}
+        if net:
+            tiles["controls"] = [Control(model=net, image=small, preparation="tile", strength=0.5)]
         drawn = pipe("", image=small, **{**FAST, "num_inference_steps": 20, "seed": seed}, **tiles).images[0]
         for changed in (drawn - large, (drawn - large).transpose(1, 0, 2)):
             between = np.abs(np.diff(changed, axis=1)).mean(axis=(0, 2))  # column x to x + 1
@@ -81,12 +85,24 @@ def differences(pipe: Pipeline, side: int, overlap: int) -> tuple[np.ndarray, np
     return np.array(seams), np.array(inside)
 
 
+def check_seams(pipe: Pipeline, side: int, net: str | None = None) -> None:
+    seams, inside = differences(pipe, side, side // 4, net)
+    assert seams.mean() <= np.quantile(inside, 0.9)
+    seams, inside = differences(pipe, side, 0, net)  # a negative control: tiles side by side
+    assert seams.mean() > 1.5 * np.quantile(inside, 0.9)
+
+
 @pytest.mark.parametrize("side", [64, 128])
 def test_seams_are_within_what_the_picture_has_elsewhere(pipe: Pipeline, side: int) -> None:
-    seams, inside = differences(pipe, side, overlap=side // 4)
-    assert seams.mean() <= np.quantile(inside, 0.9)
-    seams, inside = differences(pipe, side, overlap=0)  # a negative control: tiles side by side
-    assert seams.mean() > 1.5 * np.quantile(inside, 0.9)
+    check_seams(pipe, side)
+
+
+def test_seams_beside_a_controlnet_that_reads_the_picture(pipe: Pipeline) -> None:
+    pipe.load_control("edges")
+    try:
+        check_seams(pipe, 64, net="edges")
+    finally:
+        pipe.unload_controls()
 
 
 # ── sizes ──────────────────────────────────────────────────────────────────────────────────────────
