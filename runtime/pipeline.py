@@ -475,7 +475,12 @@ class Pipeline:
         return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
 
     def stream_many(
-        self, requests: Iterable[Mapping[str, Any]], *, rows: int = ROWS, at_once: int = ROWS
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        *,
+        rows: int = ROWS,
+        at_once: int = ROWS,
+        sizes: Sequence[int] | None = None,
     ) -> Generator[tuple[int, Step | Result[Any] | Exception]]:
         """Draw many requests side by side, which share calls of the UNet whatever their parameters are.
 
@@ -487,12 +492,16 @@ class Pipeline:
                 taken when there is room.
             rows: of a call of the UNet, at most; a guided picture is two.
             at_once: requests that run side by side, at most.
+            sizes: numbers of rows that calls have, in their order; None is `row_sizes`. On a device another
+                number may have other roundings: with one alone, `(rows,)`, what is drawn beside a request
+                changes nothing there either, and calls that are not full cost as much as full ones.
 
         Yields:
             The number of a request, from 0, and a step of it, or at last its result, or the exception that
             it ended with: a LatentrtError, or whatever a picture of its own has raised. The others go on.
         """
-        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, self.row_sizes(rows))
+        sizes = self.row_sizes(rows) if sizes is None else sizes
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, sizes)
         numbered = enumerate(requests)
         with closing(shared):
             while True:
@@ -683,9 +692,7 @@ class Pipeline:
             _LOG.warning("the prompt %r… is too long; dropped: %r", prompt[:40], dropped)
 
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
-        def encode(image: Array, mask: Array) -> Generator[Pause, None, tuple[Array, ...]]:
-            return encoded(loop, image, mask, request.tile, manifest.latent_scale, clock, stop)
-
+        encode = partial(encoded, loop, request.tile, manifest.latent_scale, clock, stop)
         start = cast("Start", (yield from cast(Any, make_start(request, manifest, table, noise, encode))))
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise

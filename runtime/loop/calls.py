@@ -78,18 +78,18 @@ def decoded(
 
 
 def encoded(
-    loop: Loop, image: Array, mask: Array, tile: int | None, scale: int, clock: Clock, stop: Stop
+    loop: Loop, tile: int | None, scale: int, clock: Clock, stop: Stop, image: Array, mask: Array
 ) -> Generator[Pause, None, tuple[Array, ...]]:
     """What the net `vae_encoder` makes of pictures; in a `SharedLoop` with a pause before each tile.
 
     Args:
         loop: runs the net.
-        image: (N, H, W, 3) uint8.
-        mask: (N, H, W, 1) uint8, what is hidden from the encoder.
         tile: the side of tiles in pixels; None encodes the picture as a whole.
         scale: pixels per latent value along each axis.
         clock: is charged with each tile.
         stop: is looked at before each.
+        image: (N, H, W, 3) uint8.
+        mask: (N, H, W, 1) uint8, what is hidden from the encoder.
 
     Returns:
         The mean, and the standard deviation if there is a posterior, (N, C, H / scale, W / scale) float32.

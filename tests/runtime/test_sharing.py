@@ -452,6 +452,25 @@ def test_a_device_draws_the_same(package: Package, pipe: Pipeline, monkeypatch: 
     assert told == {(1, 2, 4, 8)}
 
 
+def test_every_call_may_have_all_rows(package: Package) -> None:
+    """Then the net of a device sees one number of rows, whatever is drawn side by side."""
+    requests = [{**SMALL, **request} for request in REQUESTS[:3]]
+    with device_pipeline(package, HostDevice()) as (on_device, loop):
+        run, seen = loop._run_unet, set[int]()
+
+        def counted(**inputs: Array) -> dict[str, Array]:
+            seen.add(len(inputs["latent"]))
+            return run(**inputs)
+
+        loop._run_unet = counted  # pyright: ignore[reportAttributeAccessIssue]
+        found: Any = dict(on_device.stream_many(requests, rows=8, sizes=(8,)))
+        assert seen == {8}
+        for number, request in enumerate(requests):
+            by_itself: Any = dict(on_device.stream_many([request], sizes=(8,)))
+            np.testing.assert_array_equal(found[number].images, by_itself[0].images)
+        assert seen == {8}
+
+
 def test_events_have_names() -> None:
     shared: SharedSteps[int, float] = SharedSteps(8)
     shared.add("one", walk(FakeUNet(), 1, 1, 1, 2))

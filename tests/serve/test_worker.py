@@ -269,6 +269,39 @@ def test_rows_are_measured_when_it_starts(pipe: Pipeline) -> None:
         server.end(0)
 
 
+def test_rows_may_be_of_one_number(pipe: Pipeline) -> None:
+    """What the UNet is called with has all of them, and pictures are those of requests alone."""
+    server = Server({"demo": pipe}, options=Options(rows=4, sizes=(4,)))
+    server.start()
+    try:
+        net = pipe.loop.net("unet")  # pyright: ignore[reportAttributeAccessIssue]
+        seen: set[int] = set()
+
+        class Counted:
+            """The net, and how many rows it is given."""
+
+            def __call__(self, **inputs: Any) -> Any:
+                seen.add(len(inputs["latent"]))
+                return net(**inputs)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(net, name)
+
+        nets: Any = pipe.loop.nets
+        nets["unet"] = Counted()
+        try:
+            jobs = [server.submit(ANYONE, order(seed=seed)) for seed in range(3)]
+            done = [ended(server, job) for job in jobs]
+        finally:
+            nets["unet"] = net
+        assert seen == {4}
+    finally:
+        server.end(0)
+    for seed, job in enumerate(done):
+        wanted = pipe(**VALUES, seed=seed).images[0]
+        np.testing.assert_array_equal(pixels(job.pictures[0].data), np.asarray(wanted))
+
+
 def test_cancels_at_any_moment(server: Server) -> None:
     """Hundreds of them: each ends once, and what comes afterwards is drawn."""
     jobs: list[Job] = []
