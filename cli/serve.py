@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -17,6 +17,9 @@ from .control import load_control
 from .models import say
 from .progress import progress_bar
 from .shown import show
+
+if TYPE_CHECKING:
+    from ..serve.server import Options
 
 PORT = 7860  # AUTOMATIC1111's, which its clients try first
 KEYS = "LATENTRT_API_KEYS"  # the environment's variable
@@ -46,6 +49,15 @@ def serve(
     rows: Annotated[
         int | None, Option(min=1, help="Rows of a call of the UNet, at most. Default: measured.")
     ] = None,
+    fixed_rows: Annotated[
+        int | None,
+        Option(
+            "--fixed-rows",
+            min=2,
+            metavar="N",
+            help="Rows of every call: on a GPU, too, no picture depends on what is drawn beside it.",
+        ),
+    ] = None,
     at_once: Annotated[int, Option(min=1, help="Jobs of a model that run side by side.")] = 4,
     grace: Annotated[float, Option(min=0, help="Seconds for jobs that are there at SIGTERM.")] = 30.0,
     strict_models: Annotated[
@@ -74,6 +86,7 @@ def serve(
 ) -> None:
     """Draw for whoever calls: OpenAI's and AUTOMATIC1111's APIs, jobs with live events, and a page."""
     _check_installed()
+    options = _options(rows, fixed_rows, at_once=at_once, strict_models=strict_models, lenient=lenient)
     from ..runtime.pipeline import Pipeline
     from ..serve.app import create_app
     from ..serve.door.access import HEALTH_PATHS, allow, check_exposure
@@ -82,7 +95,7 @@ def serve(
     from ..serve.metrics import PATH as METRICS
     from ..serve.run import listen
     from ..serve.run import serve as answer
-    from ..serve.server import Options, Server, named
+    from ..serve.server import Server, named
 
     keys = join_keys([keys_of_environment(KEYS), *([read_keys(key_file)] if key_file else [])])
     check_exposure(host, keys)
@@ -106,11 +119,7 @@ def serve(
             for pipe in pipes.values():
                 for file in control or ():
                     load_control(pipe, file)
-            server = Server(
-                pipes,
-                Bounds(jobs=queue),
-                Options(rows=rows, at_once=at_once, strict_models=strict_models, lenient=lenient),
-            )
+            server = Server(pipes, Bounds(jobs=queue), options)
             advance("warming up", 0, 1)
             server.start()
         stack.callback(server.end, 0.0)
@@ -118,6 +127,20 @@ def serve(
         url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
         ready = partial(_say_ready, url, list(pipes), as_json=as_json)
         answer(server, create_app(server, access), listening, ready=ready, grace_s=grace)
+
+
+def _options(rows: int | None, fixed_rows: int | None, **rest: Any) -> Options:
+    from ..serve.server import Options
+
+    if fixed_rows is None:
+        return Options(rows=rows, **rest)
+    if rows not in (None, fixed_rows):
+        raise UsageError(
+            f"--rows {rows} and --fixed-rows {fixed_rows}",
+            expected="one number of rows",
+            fix="Leave --rows out.",
+        )
+    return Options(rows=fixed_rows, sizes=(fixed_rows,), **rest)
 
 
 def _say_ready(url: str, models: Sequence[str], *, as_json: bool) -> None:

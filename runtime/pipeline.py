@@ -26,7 +26,7 @@ from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
-from .loop.calls import Pause, SharedLoop, decoded
+from .loop.calls import Pause, SharedLoop, decoded, encoded
 from .loop.denoise import HostLoop
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import (
@@ -54,7 +54,6 @@ from .model import (
     open_control_model,
     open_model,
 )
-from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
 from .record import STEERED_BY
@@ -63,7 +62,7 @@ from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
-from .start import make_start
+from .start import Start, make_start
 from .steering.loaded import LoadedControls
 from .steering.steered import naming_controls
 
@@ -476,7 +475,12 @@ class Pipeline:
         return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
 
     def stream_many(
-        self, requests: Iterable[Mapping[str, Any]], *, rows: int = ROWS, at_once: int = ROWS
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        *,
+        rows: int = ROWS,
+        at_once: int = ROWS,
+        sizes: Sequence[int] | None = None,
     ) -> Generator[tuple[int, Step | Result[Any] | Exception]]:
         """Draw many requests side by side, which share calls of the UNet whatever their parameters are.
 
@@ -488,12 +492,16 @@ class Pipeline:
                 taken when there is room.
             rows: of a call of the UNet, at most; a guided picture is two.
             at_once: requests that run side by side, at most.
+            sizes: numbers of rows that calls have, in their order; None is `row_sizes`. On a device another
+                number may have other roundings: with one alone, `(rows,)`, what is drawn beside a request
+                changes nothing there either, and calls that are not full cost as much as full ones.
 
         Yields:
             The number of a request, from 0, and a step of it, or at last its result, or the exception that
             it ended with: a LatentrtError, or whatever a picture of its own has raised. The others go on.
         """
-        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, self.row_sizes(rows))
+        sizes = self.row_sizes(rows) if sizes is None else sizes
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, sizes)
         numbered = enumerate(requests)
         with closing(shared):
             while True:
@@ -684,8 +692,8 @@ class Pipeline:
             _LOG.warning("the prompt %r… is too long; dropped: %r", prompt[:40], dropped)
 
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
-        encode = partial(self._encode, loop, clock, stop, request.tile)
-        start = make_start(request, manifest, table, noise, encode)
+        encode = partial(encoded, loop, request.tile, manifest.latent_scale, clock, stop)
+        start = cast("Start", (yield from cast(Any, make_start(request, manifest, table, noise, encode))))
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -781,20 +789,6 @@ class Pipeline:
             )
         if "latents" in answer:
             step.state.replace(cast("Mapping[str, Any]", answer)["latents"])
-
-    def _encode(
-        self, loop: Loop, clock: Clock, stop: Stop, tile: int | None, image: Array, mask: Array
-    ) -> tuple[Array, ...]:
-        """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
-
-        def whole(image: Array, mask: Array) -> tuple[Array, ...]:
-            stop.check("before the encoder")
-            return tuple(loop.call("vae_encoder", image=image, mask=mask).values())
-
-        with clock.stage("vae_encoder"):
-            if tile is None:
-                return whole(image, mask)
-            return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, Any]:
         made_by: dict[str, Any] = {

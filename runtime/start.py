@@ -6,13 +6,14 @@ latent, and with a mask for the masked picture's posterior, even where that is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
+from .loop.calls import Pause
 from .loop.denoise import guided_batch
 from .loop.job import Kept
 from .pictures.mask import latent_mask
@@ -21,8 +22,9 @@ from .request.source import Latents, Masked, Pictures, Varied
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
 
-# image (N, H, W, 3) and mask (N, H, W, 1) uint8 -> mean and, where there is a posterior, std (N, C, h, w)
-Encode = Callable[[Array, Array], tuple[Array, ...]]
+# image (N, H, W, 3) and mask (N, H, W, 1) uint8 -> mean and, where there is a posterior, std (N, C, h, w),
+# at the end of the pauses in which others have their turn
+Encode = Callable[[Array, Array], Generator[Pause, None, tuple[Array, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +38,21 @@ class Start:
 
 def make_start(
     request: Request, manifest: Manifest, table: Table, source: NoiseSource, encode: Encode
-) -> Start:
-    """Make the first latent, and what stays the same in every step; drawing noise advances `source`."""
+) -> Generator[Pause, None, Start]:
+    """Make the first latent, and what stays the same in every step; drawing noise advances `source`.
+
+    Yields what `encode` yields.
+    """
     shape = latent_shape(manifest, request.height, request.width)
 
     def noise() -> Array:
         return source.draw(shape) if request.latents is None else request.latents
 
-    def encoded(pixels: Array, mask: Array | None = None) -> Array:
+    def encoded(pixels: Array, mask: Array | None = None) -> Generator[Pause, None, Array]:
         """(N, C, h, w): a sample of every picture's posterior. If all pictures are equal, one is encoded."""
         hidden = np.zeros((*pixels.shape[:3], 1), np.uint8) if mask is None else mask
         one = slice(1 if (pixels == pixels[:1]).all() else None)
-        mean, *deviation = encode(pixels[one], hidden[one])
+        mean, *deviation = yield from encode(pixels[one], hidden[one])
         drawn = mean + deviation[0] * source.draw(shape) if deviation else mean
         return np.broadcast_to(drawn, (len(pixels), *shape)).astype(np.float32)
 
@@ -57,11 +62,12 @@ def make_start(
         case Latents(latents=clean):
             return _from_latent(request, clean, noise, table)
         case Pictures(pixels=pixels):
-            return _from_latent(request, encoded(pixels), noise, table)
+            return _from_latent(request, (yield from encoded(pixels)), noise, table)
         case Masked() as masked if manifest.image_latents:
-            return _with_channels(request, masked, manifest, table, noise, encoded)
+            return (yield from _with_channels(request, masked, manifest, table, noise, encoded))
         case Masked(pixels=pixels) as masked:
-            clean, drawn = encoded(pixels), noise()
+            clean = yield from encoded(pixels)
+            drawn = noise()
             if len(manifest.net("vae_encoder").spec.outputs) > 1:
                 source.draw(shape)  # diffusers encodes the masked picture here as well
             first = table.init * drawn if masked.strength == 1 else _noised(clean, drawn, table)
@@ -80,17 +86,15 @@ def _with_channels(
     manifest: Manifest,
     table: Table,
     noise: Callable[[], Array],
-    encoded: Callable[..., Array],
-) -> Start:
+    encoded: Callable[..., Generator[Pause, None, Array]],
+) -> Generator[Pause, None, Start]:
     """The start of an inpainting UNet, which sees mask and masked picture behind the latent in every step."""
     from_noise = masked.strength == 1
-    clean = None if from_noise else encoded(masked.pixels)
+    clean = None if from_noise else (yield from encoded(masked.pixels))
     drawn = noise()
     hidden = np.where(masked.inpainting.mask, np.uint8(255), np.uint8(0))[None, ..., None]  # (1, H, W, 1)
-    parts = {
-        "mask": _mask(masked, manifest.latent_scale),
-        "masked_image": encoded(masked.pixels, np.repeat(hidden, len(drawn), axis=0)),
-    }
+    seen = yield from encoded(masked.pixels, np.repeat(hidden, len(drawn), axis=0))
+    parts = {"mask": _mask(masked, manifest.latent_scale), "masked_image": seen}
     channels = np.concatenate([parts[name] for name in manifest.image_latents], axis=1)
     return Start(
         first=table.init * drawn if clean is None else _noised(clean, drawn, table),

@@ -39,12 +39,15 @@ class Options:
     Args:
         rows: of a call of the UNet, at most; None is measured for each model at the start.
         at_once: jobs of a model that run side by side.
+        sizes: numbers of rows that calls of the UNet have, others are filled up; None is what the model's
+            device has a use for.
         strict_models: refuse names of models that are not served, also where only one is.
         lenient: OpenAI's API leaves out fields that it does not know, and says so, in place of refusing them.
     """
 
     rows: int | None = None
     at_once: int = AT_ONCE
+    sizes: Sequence[int] | None = None
     strict_models: bool = False
     lenient: bool = False
 
@@ -90,6 +93,7 @@ class Server:
                 now,
                 rows=self.options.rows,
                 at_once=self.options.at_once,
+                sizes=self.options.sizes,
             )
             for name, pipe in models.items()
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -64,6 +64,7 @@ class Worker:
         now: the table's clock.
         rows: of a call of the UNet, at most; None is measured when the worker starts.
         at_once: jobs that run side by side.
+        sizes: numbers of rows that calls have; None is what the pipeline has a use for.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class Worker:
         *,
         rows: int | None = None,
         at_once: int = AT_ONCE,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         self.model, self.pipe, self.rows = model, pipe, rows
         self._jobs, self._queue, self._pace, self._now, self._at_once = jobs, queue, pace, now, at_once
+        self._sizes = sizes
         self._wake, self._ending = Event(), Event()
         self._running: dict[str, _Running] = {}
         self._lock = Lock()  # of `_running`, which the thread for files looks into
@@ -138,7 +141,8 @@ class Worker:
     def _run(self) -> None:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"latentrt {self.model} files")
         rows = self.rows or 1
-        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, self.pipe.row_sizes(rows))
+        sizes = self.pipe.row_sizes(rows) if self._sizes is None else self._sizes
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, sizes)
         try:
             with self._writer, closing(shared):
                 while not (self._ending.is_set() and not self._running):

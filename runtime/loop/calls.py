@@ -1,6 +1,6 @@
 """Who answers the calls of the UNet that jobs wait for: at once, or who steps through several jobs.
 
-Where several share them, a job also lets others have a turn before it decodes a tile.
+Where several share them, a job also lets others have a turn before it encodes or decodes a tile.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from ...engines.spec import Array
-from ..pictures.tiling import decode_in_turns
+from ..pictures.tiling import decode_in_turns, encode_in_turns
 from .job import Clock, Loop, Stop, UNetCall
 
 Item = TypeVar("Item")
@@ -75,3 +75,42 @@ def decoded(
     except StopIteration as end:
         image, mean = end.value
         return image, mean
+
+
+def encoded(
+    loop: Loop, tile: int | None, scale: int, clock: Clock, stop: Stop, image: Array, mask: Array
+) -> Generator[Pause, None, tuple[Array, ...]]:
+    """What the net `vae_encoder` makes of pictures; in a `SharedLoop` with a pause before each tile.
+
+    Args:
+        loop: runs the net.
+        tile: the side of tiles in pixels; None encodes the picture as a whole.
+        scale: pixels per latent value along each axis.
+        clock: is charged with each tile.
+        stop: is looked at before each.
+        image: (N, H, W, 3) uint8.
+        mask: (N, H, W, 1) uint8, what is hidden from the encoder.
+
+    Returns:
+        The mean, and the standard deviation if there is a posterior, (N, C, H / scale, W / scale) float32.
+    """
+
+    def encode(image: Array, mask: Array) -> tuple[Array, ...]:
+        stop.check("before the encoder")
+        with clock.stage("vae_encoder"):
+            return tuple(loop.call("vae_encoder", image=image, mask=mask).values())
+
+    shared = isinstance(loop, SharedLoop)
+    if tile is None:
+        if shared:
+            yield Pause()
+        return encode(image, mask)
+    tiles = encode_in_turns(image, mask, tile, scale)
+    try:
+        part = next(tiles)
+        while True:
+            if shared:
+                yield Pause()
+            part = tiles.send(encode(*part))
+    except StopIteration as end:
+        return end.value

@@ -140,17 +140,34 @@ def encode_tiled(
     Raises:
         UsageError: a tile that does not fit the scale, or an encoder that returns another shape or dtype.
     """
+    tiles = encode_in_turns(image, mask, size, scale, overlap)
+    try:
+        part = next(tiles)
+        while True:
+            part = tiles.send(encode(*part))
+    except StopIteration as end:
+        return end.value
+
+
+def encode_in_turns(
+    image: Array, mask: Array, size: int, scale: int = 8, overlap: float = OVERLAP
+) -> Generator[tuple[Array, Array], tuple[Array, ...], tuple[Array, ...]]:
+    """The same for who encodes the tiles between other work; arguments, result and errors are those.
+
+    Yields:
+        Image and mask of a tile, and is sent what `encode` returns for them.
+    """
     count, rows, columns = image.shape[0], image.shape[1] // scale, image.shape[2] // scale
     side, stride = size // scale, tile_stride(size, scale, overlap) // scale  # in latent values from here on
     if max(rows, columns) <= side:
-        return _encode_tile(encode, image, mask, scale)
+        return (yield from _encoded_tile(image, mask, scale))
     blended: tuple[Array, ...] = ()
     for top, along_y in axis_tiles(rows, side, stride):
         bottom = top + len(along_y)
         for left, along_x in axis_tiles(columns, side, stride):
             right = left + len(along_x)
             cut = np.s_[:, top * scale : bottom * scale, left * scale : right * scale]
-            tiles = _encode_tile(encode, image[cut], mask[cut], scale)
+            tiles = yield from _encoded_tile(image[cut], mask[cut], scale)
             if not blended:
                 blended = tuple(np.zeros((count, tile.shape[1], rows, columns), np.float32) for tile in tiles)
             for whole, tile in zip(blended, tiles, strict=True):
@@ -199,8 +216,11 @@ def _tile(latent: Array, scale: int) -> Generator[Array, tuple[Array, Array], tu
     return image, mean
 
 
-def _encode_tile(encode: Encode, image: Array, mask: Array, scale: int) -> tuple[Array, ...]:
-    results = encode(np.ascontiguousarray(image), np.ascontiguousarray(mask))
+def _encoded_tile(
+    image: Array, mask: Array, scale: int
+) -> Generator[tuple[Array, Array], tuple[Array, ...], tuple[Array, ...]]:
+    """Have one tile encoded, and check the shapes."""
+    results = yield np.ascontiguousarray(image), np.ascontiguousarray(mask)
     count, height, width, _ = image.shape
     expected = (count, height // scale, width // scale)
     shapes = [(str(result.dtype), result.shape) for result in results]

@@ -94,6 +94,20 @@ def test_one_at_a_time_draws_its_capacity_where_more_is_asked_and_refuses_the_re
     assert ours.figures["refused"] < one.figures["refused"], "its capacity is larger"
 
 
+def test_shared_steps_draw_as_much_however_much_more_is_asked() -> None:
+    """Goodput beyond capacity is flat, and what is not drawn was refused."""
+    kinds = mix_of(replace(CASE, width=128, height=128, steps=2), PACKAGE.manifest)
+    ground = simulation(gpu_like(kinds[0].pixels), kinds, {}, rows=8)
+    rows = list(loaded(ground, replace(RULES, loads=(1.5, 2.0, 4.0)), 4000, 1))
+    ours = [row for row in rows if row.side == SIDES[-1]]
+    drawn = [row.figures["requests_per_s"] for row in ours]
+    assert min(drawn) > 0.9 * max(drawn)
+    assert min(drawn) > ground.per_s, "more than one at a time"
+    for row in ours:
+        taken = row.figures["offered_per_s"] * (1 - row.figures["refused"])
+        assert row.figures["requests_per_s"] == pytest.approx(taken, rel=0.02)
+
+
 def test_a_way_that_fails_has_no_time_and_the_others_have() -> None:
     clock = MadeUpClock()
     good = simulated(gpu_like(KINDS[0].pixels), clock)

@@ -72,17 +72,26 @@ walks = st.tuples(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.lists(st.tuples(walks, st.integers(0, 20), st.none() | st.integers(0, 20)), min_size=1, max_size=8),
+arrivals_of = st.lists(
+    st.tuples(walks, st.integers(0, 20), st.none() | st.integers(0, 20)), min_size=1, max_size=8
+)
+schedules = given(
+    arrivals_of,
     st.integers(1, 9),
-    st.sampled_from([(), (4, 8)]),
+    st.sampled_from([(), (4, 8), (9,)]),
     st.lists(st.integers(-1, 1), min_size=8, max_size=8),
 )
-def test_any_schedule(
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
+def test_any_schedule(count: int) -> None:
+    """Whoever comes when, and whoever leaves: ends are those of walks alone, and nobody waits too long."""
+    settings(max_examples=count, deadline=None)(schedules(check_schedule))()
+
+
+def check_schedule(
     arrivals: list[tuple[Any, int, int | None]], rows: int, sizes: tuple[int, ...], priorities: list[int]
 ) -> None:
-    """Whoever comes when, and whoever leaves: ends are those of walks alone, and nobody waits too long."""
     unet = FakeUNet()
     shared: SharedSteps[int, float] = SharedSteps(rows, sizes)
     ends, steps, ran = dict[int, float](), dict[int, list[int]](), dict[int, int]()
@@ -340,6 +349,40 @@ def test_tiles_are_decoded_in_turns(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(found[name].images, pipe(**request).images)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_are_encoded_in_turns(pipe: Pipeline, masked: bool) -> None:
+    """Before each tile another request has a step, so that a large start picture holds nobody up for long."""
+    start: dict[str, Any] = {"image": photo(64, 160), "strength": 0.5}
+    if masked:
+        start["mask_image"] = Image.fromarray(np.pad(np.full((64, 80), 255, np.uint8), ((0, 0), (0, 80))))
+    wide = {
+        "prompt": PROMPT,
+        "num_inference_steps": 2,
+        "seed": 1,
+        **start,
+        "tile": 64,
+        "output_type": "latent",
+    }
+    other = {**SMALL, "prompt": PROMPT, "num_inference_steps": 12, "seed": 2}
+    shared: SharedSteps[Step, Result[Any]] = SharedSteps(2)
+    shared.add("other", pipe.shared(other))
+    shared.turn()
+    shared.add("wide", pipe.shared(wide))
+    found: dict[Any, Result[Any]] = {}
+    seen: list[Any] = []
+    while len(shared):
+        for event in shared.turn():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Ended):
+                found[event.name] = event.value
+            else:
+                seen.append(event.name)
+    assert seen.index("wide") >= 3, "one before each of the three tiles"
+    assert found["wide"].seconds["vae_encoder"] > 0
+    np.testing.assert_array_equal(found["wide"].images, pipe(**wide).images)
+    np.testing.assert_array_equal(found["other"].images, pipe(**other).images)
+
+
 def test_one_is_cancelled_and_one_has_no_time_left(pipe: Pipeline) -> None:
     cancel = Event()
     request = {**SMALL, "prompt": PROMPT, "num_inference_steps": 4, "seed": 1}
@@ -407,6 +450,25 @@ def test_a_device_draws_the_same(package: Package, pipe: Pipeline, monkeypatch: 
             images = found[number].images  # pyright: ignore[reportAttributeAccessIssue]
             assert np.abs(images.astype(int) - pipe(**request).images).max() <= 1
     assert told == {(1, 2, 4, 8)}
+
+
+def test_every_call_may_have_all_rows(package: Package) -> None:
+    """Then the net of a device sees one number of rows, whatever is drawn side by side."""
+    requests = [{**SMALL, **request} for request in REQUESTS[:3]]
+    with device_pipeline(package, HostDevice()) as (on_device, loop):
+        run, seen = loop._run_unet, set[int]()
+
+        def counted(**inputs: Array) -> dict[str, Array]:
+            seen.add(len(inputs["latent"]))
+            return run(**inputs)
+
+        loop._run_unet = counted  # pyright: ignore[reportAttributeAccessIssue]
+        found: Any = dict(on_device.stream_many(requests, rows=8, sizes=(8,)))
+        assert seen == {8}
+        for number, request in enumerate(requests):
+            by_itself: Any = dict(on_device.stream_many([request], sizes=(8,)))
+            np.testing.assert_array_equal(found[number].images, by_itself[0].images)
+        assert seen == {8}
 
 
 def test_events_have_names() -> None:

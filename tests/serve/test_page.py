@@ -279,7 +279,8 @@ def test_parameters_come_back_from_the_history(opened: Open) -> None:
         assert page.evaluate("document.querySelectorAll('#shelf li').length") == 2
         page.click("#empty-history")
         page.click("#sure [value=yes]")
-        page.until("document.querySelector('#stage').dataset.state === 'empty'")
+        page.until("document.querySelector('#said').textContent === 'The history is empty.'")
+        assert page.evaluate("document.querySelector('#stage').dataset.state") == "empty"
         page.go()
         page.until("!document.querySelector('#draw').disabled")
         assert page.evaluate("document.querySelectorAll('#shelf li').length") == 0

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from latentrt import UsageError
 from latentrt.serve import run
 from tests.serve.process import WAIT_S, Served, command, environment, served
 
@@ -194,6 +195,15 @@ def test_the_bar_is_gone_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(run, "serve", lambda *_, **__: told.append("answers"))
     cli_serve.serve([], backend="onnxruntime", device="cpu", rows=2, port=0)
     assert told == ["gone", "answers"]
+
+
+def test_every_call_may_have_a_fixed_number_of_rows() -> None:
+    options = cli_serve._options(None, 4, at_once=1)
+    assert (options.rows, options.sizes) == (4, (4,))
+    assert cli_serve._options(4, 4).sizes == (4,)
+    assert cli_serve._options(4, None).sizes is None
+    with pytest.raises(UsageError, match="one number of rows"):
+        cli_serve._options(2, 4)
 
 
 # ── what does not start ────────────────────────────────────────────────────────────────────────────
