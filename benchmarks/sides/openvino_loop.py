@@ -29,7 +29,7 @@ _PROMPTS = (
     "a small green heart on a pink background, oil on canvas",
     "an old city by the sea at dawn, sharp focus",
 )
-_PIXELS, _STEPS = 256, 6
+_PIXELS, _STEPS = 256, 2
 
 
 def available(task: Task) -> str | None:

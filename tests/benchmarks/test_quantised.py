@@ -64,6 +64,7 @@ def test_everyone_opens_what_it_reads(rounded: Package, tmp_path: Path) -> None:
         "sdcpp-q8_0": ("sdcpp-q8_0", file, "auto", "int8"),
     }
     assert all(mode.task.threads == TASK.threads for mode in modes)
+    assert [mode.side for mode in modes if mode.told] == ["openvino-nncf", "sdcpp-q8_0"]
     assert modes_of(PACKAGE, TASK, [], ["diffusers"])[1].task == TASK
 
 
@@ -106,7 +107,7 @@ def test_exact_sides_have_the_bars_of_exact_ones() -> None:
 
 
 def test_a_peer_in_fewer_bits_says_that_it_is_below_the_bar() -> None:
-    peer = mode("openvino-nncf", "int8")
+    peer = replace(mode("openvino-nncf", "int8"), told=True)
     assert "below_bar" not in peer.judge(off(0.02), {"prediction": NET})
     assert peer.judge(off(0.1), {"prediction": NET})["below_bar"] == "relative L2 1.00e-01, above 0.03"
     with pytest.raises(SideError, match="prediction is not ours"):
@@ -153,7 +154,7 @@ class MadeUp:
 MODES = (
     mode(OURS, "fp32"),
     replace(mode(OURS, "int8"), side="ours int8"),
-    replace(mode("openvino-nncf", "int8"), side="openvino-nncf"),
+    replace(mode("openvino-nncf", "int8"), side="openvino-nncf", told=True),
 )
 MODES = (replace(MODES[0], side=OURS), *MODES[1:])
 
@@ -266,7 +267,7 @@ def test_nncfs_int8_draws_ours_nearly() -> None:
     with closing(contract.open_side(OURS, replace(TASK, backend="onnxruntime"))) as ours:
         work = ours.prepare("unet", case)
         work.run()
-        figures = mode("openvino-nncf", "int8").judge(found, dict(work.outputs()))
+        figures = replace(mode("openvino-nncf", "int8"), told=True).judge(found, dict(work.outputs()))
     assert 1e-3 < figures["relative_l2"] < 0.2, "rounded, and the same net"
 
 
@@ -356,6 +357,7 @@ def test_packages_of_random_weights_are_rounded_uncompared(tmp_path: Path) -> No
     assert facts["format"] == "int8"
     assert facts["rounded"]
     assert "relative_l2" not in facts
+    assert modes_of(PACKAGE, TASK, [(Package.open(tmp_path / "int8"), "openvino")])[1].told
     assert "left out, not compared" in CliRunner().invoke(app, ["inspect", str(tmp_path / "int8")]).output
     with pytest.raises(UsageError, match="is a package already"):
         making.main([str(PACKAGE.root), str(tmp_path / "int8")])
