@@ -44,6 +44,7 @@ class F16:
         asked.wtype = getattr(library.SDType, cls.WEIGHTS)
         asked.rng_type = asked.sampler_rng_type = library.RngType.CPU  # torch's stream, as ours
         asked.n_threads = thread_count(task.threads)
+        asked.free_params_immediately = False  # they are wanted again: else the second picture is a crash
         if hasattr(asked, "eager_load"):  # newer releases read weights when they are used
             asked.eager_load = True
         context = library.SDContext(asked)

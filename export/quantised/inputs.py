@@ -24,8 +24,6 @@ PROMPTS = (
     "",
     "a small green heart on a pink background, oil on canvas",
 )
-
-
 Predict = Callable[[Inputs], Array]  # a UNet, from its inputs to (B, C, H/8, W/8)
 
 

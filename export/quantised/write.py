@@ -249,14 +249,16 @@ def compare(package: Package, rounded: Package, picture: Drawn) -> tuple[float, 
     The picture is drawn anew with either, as their graphs say, node by node: nothing is fused, so narrow
     products are not what a processor has.
     """
-    answers: list[Array] = []
-    images: list[Array] = []
-    for one in (package, rounded):
-        predict = _as_it_stands(one)
-        answers.append(np.stack([predict(feeds) for feeds in picture.calls]))
-        (drawn,) = drawn_pictures(package, PROMPTS[-1:], predict=predict)
-        images.append(drawn.image)
-    return relative_l2(answers[1], answers[0]), decibels(images[1], images[0])
+    (wanted, before), (found, after) = (_again(one, picture) for one in (package, rounded))
+    return relative_l2(found, wanted), decibels(after, before)
+
+
+def _again(package: Package, picture: Drawn) -> tuple[Array, Array]:
+    """The predictions for a picture's calls, and the picture drawn anew: (1, H, W, 3) uint8."""
+    predict = _as_it_stands(package)
+    answers = np.stack([predict(feeds) for feeds in picture.calls])
+    (drawn,) = drawn_pictures(package, PROMPTS[-1:], predict=predict)
+    return answers, drawn.image
 
 
 def _as_it_stands(package: Package) -> Predict:

@@ -325,6 +325,7 @@ def test_stable_diffusion_cpp_is_asked_for_our_picture(
         "rng_type": "cpu",
         "sampler_rng_type": "cpu",
         "n_threads": 1,
+        "free_params_immediately": False,
         "eager_load": True,
     }
     (call,) = cpp.calls
