@@ -88,7 +88,7 @@ class Nncf:
 
 
 def _cases(manifest: Manifest) -> Iterator[Case]:
-    """Of the pictures that ranges are measured on."""
+    """What is drawn to measure ranges."""
     size = {name: min(getattr(manifest.defaults, name), _PIXELS) for name in ("width", "height")}
     for seed, prompt in enumerate(_PROMPTS):
         yield Case.of(manifest, **size, steps=_STEPS, seed=seed, prompt=prompt)

@@ -117,7 +117,7 @@ def modes_of(
                 if not facts
                 else f"the package {name!r} is of the family {other.manifest.family}",
                 expected=f"a package made of {package.manifest.name!r}",
-                fix=f"Make one: latentrt quantise {package.root.name} -o PACKAGE --to int8",
+                fix="Make one: latentrt quantise PACKAGE -o NEW --to int8",
             )
         opened = replace(task, model=other.root, checkpoint=None, backend=backend)
         side = f"{OURS} {facts['format']}, {backend}"

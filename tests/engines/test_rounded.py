@@ -39,8 +39,7 @@ from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
 from latentrt.engines.tuning.choice import Choice, allowed_distance
 from latentrt.engines.tuning.runs import measured_inputs
-from latentrt.export.quantised import write
-from latentrt.export.quantised.inputs import drawn_inputs
+from latentrt.export.quantised.inputs import drawn_pictures
 from latentrt.export.quantised.ranges import Inputs
 from latentrt.export.quantised.write import quantise_package
 from latentrt.runtime.model import SHIPPED
@@ -58,15 +57,13 @@ ZERO = np.int8(0)
 
 @pytest.fixture(scope="module")
 def calls() -> list[Inputs]:
-    return list(drawn_inputs(DEMO))
+    return [call for picture in drawn_pictures(DEMO) for call in picture.calls]
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory, calls: list[Inputs]) -> Package:
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     """The demo with its UNet in int8."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "drawn_inputs", lambda package: iter(calls))
-        return quantise_package(DEMO, tmp_path_factory.mktemp("rounded") / "int8", format="int8").package
+    return quantise_package(DEMO, tmp_path_factory.mktemp("rounded") / "int8", format="int8").package
 
 
 @pytest.fixture
