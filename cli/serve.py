@@ -55,7 +55,7 @@ def serve(
             "--fixed-rows",
             min=2,
             metavar="N",
-            help="Rows of every call: on a GPU, too, no picture depends on what is drawn beside it.",
+            help="Rows of every call, filled up: for devices that round otherwise with another number.",
         ),
     ] = None,
     at_once: Annotated[int, Option(min=1, help="Jobs of a model that run side by side.")] = 4,

@@ -23,8 +23,7 @@ NET_RELATIVE_L2: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
 ROUNDED_RELATIVE_L2 = 1e-3
 # Two programs of a rounded net may be so many times as far apart as rounding its products took it (relative
 # L2, in the package's manifest). A value beside a half goes to its other side, the products behind make more
-# of it, and in the end errors are as good as independent: 2^0.5 times. SD 1.5's UNet of random weights moved
-# 1.1 times as far with a latent a millionth larger; the demo's 0.14 at most in a program of equal sums.
+# of it, and in the end errors are as good as independent: 2^0.5 times.
 ROUNDING_TIMES = 1.5
 # dB of a picture that one net makes of the same latent. Rounding alone gives 75 where one in a hundred shades
 # flips; fp16 as above gives 50.
