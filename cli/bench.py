@@ -162,7 +162,7 @@ def _show(options: Mapping[str, Any], measure: _Measure, *, name: str | None = N
     with _progress_lines(enabled=not as_json) as progress:
         found = measure(progress=progress)
     # folders of this machine are nobody's business, and mean nothing elsewhere
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [",".join(part.rpartition("/")[2] for part in word.split(",")) for word in sys.argv[1:]]
     settings = {**found.settings, "command": " ".join(["latentrt", *words])}
     model = found.model if name is None else {**found.model, "name": name}
     document = replace(found, model=model, settings=settings)
