@@ -162,7 +162,10 @@ def _show(options: Mapping[str, Any], measure: _Measure, *, name: str | None = N
     with _progress_lines(enabled=not as_json) as progress:
         found = measure(progress=progress)
     # folders of this machine are nobody's business, and mean nothing elsewhere
-    words = [",".join(part.rpartition("/")[2] for part in word.split(",")) for word in sys.argv[1:]]
+    words = [
+        ",".join(Path(part).name if "/" in part else part for part in word.split(","))
+        for word in sys.argv[1:]
+    ]
     settings = {**found.settings, "command": " ".join(["latentrt", *words])}
     model = found.model if name is None else {**found.model, "name": name}
     document = replace(found, model=model, settings=settings)
