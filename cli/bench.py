@@ -302,7 +302,7 @@ def parity(call: Call) -> _Measure:
     ),
 )
 def quantised(call: Call) -> _Measure:
-    """Packages in fewer bits beside the one they are made of: time, memory, likeness, right pictures."""
+    """Approximate packages and backends beside what is exact: time, memory, likeness, right pictures."""
     from ..benchmarks.sides.contract import OF_ONE_VERB, OURS, REFERENCES, ROUNDED_PEERS, SIDES
     from ..benchmarks.verbs.quantised import WORKLOADS, Inputs, measure_quantised, modes_of
     from ..engines.package import Package

@@ -194,11 +194,9 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
     if rounded := manifest.quantised:
-        known = "relative_l2" in rounded  # packages of random weights, for benchmarks, are not compared
-        likeness = f"relative L2 {rounded['relative_l2']:.2g}" if known else "not compared"
         print(
             f"quantised: the UNet in {rounded['format']}, {len(rounded['rounded'])} products,"
-            f" {len(rounded['left_out'])} left out, {likeness}"
+            f" {len(rounded['left_out'])} left out, relative L2 {rounded['relative_l2']:.2g}"
         )
     for one in manifest.fused:
         strength, used = _strength(one.strength), f"{one.applied} of {one.total} keys"

@@ -30,7 +30,7 @@ def quantise(
 ) -> None:
     """Round the UNet of a package: smaller and faster, and not the same pictures.
 
-    Ranges are measured on pictures that the package draws, and the result is compared on another; further off
+    Ranges are measured on pictures that the package draws, and the result is compared on others; further off
     than the format's bars is an error. No adapter changes a rounded UNet.
     """
     from ..engines.package import Package
@@ -53,6 +53,6 @@ def quantise(
         return
     left = len(facts["left_out"])
     show(f"{len(facts['rounded'])} products of the UNet in {to}, {left} left as they were")
-    show(f"relative L2 to the UNet that it was: {made.relative_l2:.2g}; a picture: {made.picture_db:.1f} dB")
+    show(f"relative L2 to the UNet that it was: {made.relative_l2:.2g}; pictures: {made.picture_db:.1f} dB")
     size = sum(record.size for record in made.package.manifest.files.values())
     show(f"{output}  ({size / 1e6:.1f} MB in {seconds:.0f} s)")

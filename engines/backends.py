@@ -24,6 +24,8 @@ class BackendRow:
         builds: what `latentrt build` makes for it. Without engines that cover a request nothing runs; layouts
             are measured choices that only make it faster. What builds nothing runs where it is named, or was
             measured to be the fastest (`contest/`).
+        approximate: whether it computes more coarsely than the bars of exact packages allow. Then it runs
+            where it is named; of packages in fewer bits, also where it was measured to be the fastest.
         tuner: the module below this folder whose `tune_package` measures layouts; "" where engines are built.
         reads: safetensors' names of the types that weights may be stored in, whatever a graph computes with.
     """
@@ -33,6 +35,7 @@ class BackendRow:
     implementation: tuple[str, str]
     on_device: bool
     builds: Literal["engines", "layouts", "nothing"]
+    approximate: bool = False
     tuner: str = ""
     reads: frozenset[str] = frozenset(("F16", "F32"))
 
@@ -84,6 +87,15 @@ BACKENDS: Mapping[str, BackendRow] = {
             implementation=("openvino.backend", "OPENVINO"),
             on_device=False,
             builds="nothing",
+            reads=_EVERY_FLOAT,
+        ),
+        BackendRow(
+            name="openvino-bf16",
+            extra="openvino",
+            implementation=("openvino.backend", "OPENVINO_BF16"),
+            on_device=False,
+            builds="nothing",
+            approximate=True,
             reads=_EVERY_FLOAT,
         ),
         BackendRow(  # before TensorRT, because pip alone installs it and it builds without a GPU

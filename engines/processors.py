@@ -29,6 +29,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 # Instructions that add products of bytes up in 32 bits, as Linux names them: x86's VNNI and AMX (Linux,
 # arch/x86/include/asm/cpufeatures.h), and ARM's dot products (arch/arm64/kernel/cpuinfo.c).
 _ADD_BYTES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+_MULTIPLY_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def usable_processors() -> int:
@@ -89,6 +90,11 @@ def adds_bytes() -> bool:
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
     return not _ADD_BYTES.isdisjoint(_of_processor("flags", "Features").split())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16, fast or not. No on ARM, and where nothing tells."""
+    return not _MULTIPLY_BFLOAT16.isdisjoint(_of_processor("flags").split())
 
 
 def _of_processor(*names: str) -> str:

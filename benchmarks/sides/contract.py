@@ -42,6 +42,7 @@ SIDES: Mapping[str, str] = {
     "onnxruntime": "plain_loop",
     "onnxruntime-cuda": "plain_loop.OnCuda",
     "openvino": "openvino_loop",
+    "openvino-bf16": "openvino_loop.Bf16",
     "openvino-nncf": "openvino_loop.Nncf",
     "sdcpp-f16": "stable_diffusion_cpp.F16",
     "sdcpp-q8_0": "stable_diffusion_cpp.Q8",
@@ -61,7 +62,12 @@ DIFFUSERS_ADAPTED = "diffusers adapted"
 CONTROLLED = "latentrt controlled"  # ours, with a ControlNet at hand
 DIFFUSERS_CONTROLLED = "diffusers controlled"
 # Peers in fewer bits -> the precision whose bars their outputs are held to (`engines.tolerances`).
-ROUNDED_PEERS: Mapping[str, str] = {"openvino-nncf": "int8", "sdcpp-f16": "fp16", "sdcpp-q8_0": "int8"}
+ROUNDED_PEERS: Mapping[str, str] = {
+    "openvino-bf16": "bf16",
+    "openvino-nncf": "int8",
+    "sdcpp-f16": "fp16",
+    "sdcpp-q8_0": "int8",
+}
 # With workloads or bars of their own; no peers of other verbs.
 OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED, CONTROLLED, DIFFUSERS_CONTROLLED, *ROUNDED_PEERS)
 AGAIN = "latentrt again"  # the other half of the A/A pair

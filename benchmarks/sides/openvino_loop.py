@@ -1,8 +1,9 @@
 """The package's graphs in OpenVINO on the CPU, set as for one request; as they are, or in NNCF's int8.
 
 float32 is set: where a processor has bfloat16 (AMX, AVX512-BF16) that is the default, which is another
-arithmetic than everyone else's in the same table. Shapes are fixed before compiling, which OpenVINO's own
-guide to Stable Diffusion advises, so that a net is compiled when a case asks for it.
+arithmetic than everyone else's in the same table. Sides that are approximate anyway have the default. Shapes
+are fixed before compiling, which OpenVINO's own guide to Stable Diffusion advises, so that a net is compiled
+when a case asks for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from ...engines.device import Shapes
 from ...engines.package import Manifest, Package
+from ...engines.processors import multiplies_bfloat16
 from ...engines.spec import Array
 from ..case import Case
 from .contract import OpenSide, Task, missing_modules, open_whole_package
@@ -43,8 +45,25 @@ def open_side(task: Task) -> OpenSide:
     return plain_side("openvino", nets.package, nets.open, nets.versions)
 
 
+class Bf16:
+    """The same in what is OpenVINO's own choice where a processor has bfloat16, a side of its own."""
+
+    @staticmethod
+    def available(task: Task) -> str | None:
+        """None if it can run here, else the reason."""
+        return missing_modules("openvino") or (
+            None if multiplies_bfloat16() else "this processor does not multiply bfloat16"
+        )
+
+    @staticmethod
+    def open_side(task: Task) -> OpenSide:
+        """The package, to be compiled case by case. Raises NotAvailableError, PackageError."""
+        nets = _Nets(package=open_whole_package(task), threads=task.threads, precision=None)
+        return plain_side("openvino-bf16", nets.package, nets.open, nets.versions)
+
+
 class Nncf:
-    """The same with the UNet in int8, a side of its own.
+    """The same with the UNet in int8, a side of its own; what is left in OpenVINO's own precision.
 
     It is rounded as OpenVINO's guide to latent consistency models does it (openvino_notebooks,
     latent-consistency-models-image-generation): `nncf.quantize` with `ModelType.TRANSFORMER`, without bias
@@ -61,7 +80,7 @@ class Nncf:
         """The package with its UNet rounded. Raises NotAvailableError, PackageError."""
         import nncf
 
-        nets = _Nets(package=open_whole_package(task), threads=task.threads)
+        nets = _Nets(package=open_whole_package(task), threads=task.threads, precision=None)
         nets.models[_ROUNDED] = cls._rounded(nets)
         rounded = {"nncf": str(nncf.__version__), "rounded": _ROUNDED}
         return plain_side("openvino-nncf", nets.package, nets.open, {**nets.versions, **rounded})
@@ -106,11 +125,13 @@ class _Nets:
     Attributes:
         package: the model.
         threads: of the CPU; None is every processor.
+        precision: of the arithmetic, as OpenVINO writes it; None is its own choice.
         models: read already, by net, in place of the package's.
     """
 
     package: Package
     threads: int | None
+    precision: str | None = "f32"
     models: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
@@ -122,7 +143,8 @@ class _Nets:
     @property
     def _settings(self) -> dict[str, Any]:
         threads = {"INFERENCE_NUM_THREADS": self.threads} if self.threads else {}
-        return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", **threads}
+        precision = {"INFERENCE_PRECISION_HINT": self.precision} if self.precision else {}
+        return {"PERFORMANCE_HINT": "LATENCY", **precision, **threads}
 
     @property
     def versions(self) -> dict[str, str]:

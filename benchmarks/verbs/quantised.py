@@ -15,10 +15,12 @@ from typing import Any
 
 from ...demo.checker import score
 from ...demo.shapes import held_out_scenes
+from ...engines.backends import BACKENDS
 from ...engines.errors import UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import (
+    BF16,
     NET_RELATIVE_L2,
     PICTURE_DB,
     QUANTISED_PICTURE_DB,
@@ -61,7 +63,7 @@ class Mode:
         task: what it opens.
         precision: whose bars hold: a format of `QUANTISED_RELATIVE_L2`, or the dtype of exact sides.
         told: whether what is below the bars only says so in place of failing: of peers in fewer bits, and of
-            packages that nobody compared, whose weights are random.
+            packages of random weights, which were below them when they were made.
     """
 
     side: str
@@ -90,7 +92,7 @@ class Mode:
 def modes_of(
     package: Package,
     task: Task,
-    rounded: Sequence[tuple[Package, str]],
+    approximate: Sequence[tuple[Package, str]],
     peers: Sequence[str] = (),
     *,
     file: Path | None = None,
@@ -100,34 +102,46 @@ def modes_of(
     Args:
         package: as it was.
         task: what it is opened with.
-        rounded: packages that `latentrt quantise` made of it, and the backend of each.
+        approximate: packages that `latentrt quantise` made of it, and the backend of each; or the package
+            itself on a backend that is approximate.
         peers: of `SIDES`.
         file: the one-file checkpoint that the package is from, for peers that open one.
 
     Raises:
-        UsageError: a package is not rounded, or of another model.
+        UsageError: a package is exact, or of another model.
     """
     dtype = package.manifest.dtype
     modes = [Mode(side=OURS, module=OURS, task=task, precision=dtype)]
-    for other, backend in rounded:
-        facts, name = other.manifest.quantised, other.manifest.name
-        if not facts or other.manifest.family != package.manifest.family:
-            raise UsageError(
-                f"the package {name!r} in {other.root.name} is not in fewer bits"
-                if not facts
-                else f"the package {name!r} is of the family {other.manifest.family}",
-                expected=f"a package made of {package.manifest.name!r}",
-                fix="Make one: latentrt quantise PACKAGE -o NEW --to int8",
-            )
-        opened = replace(task, model=other.root, checkpoint=None, backend=backend)
-        side = f"{OURS} {facts['format']}, {backend}"
-        told = "relative_l2" not in facts
-        modes.append(Mode(side=side, module=OURS, task=opened, precision=facts["format"], told=told))
+    modes += [_ours(package, task, other, backend) for other, backend in approximate]
     for name in peers:
         opened = task if file is None or name not in FILE_READERS else replace(task, model=file)
         precision, told = ROUNDED_PEERS.get(name, dtype), name in ROUNDED_PEERS
         modes.append(Mode(side=name, module=name, task=opened, precision=precision, told=told))
     return tuple(modes)
+
+
+def _ours(package: Package, task: Task, other: Package, backend: str) -> Mode:
+    """One of ours that is approximate."""
+    facts, name = other.manifest.quantised, other.manifest.name
+    coarse = backend in BACKENDS and BACKENDS[backend].approximate
+    alike = other.manifest.family == package.manifest.family
+    if not alike or not (facts or coarse):
+        raise UsageError(
+            f"the package {name!r} in {other.root.name} is not in fewer bits"
+            if alike
+            else f"the package {name!r} is of the family {other.manifest.family}",
+            expected=f"a package made of {package.manifest.name!r}",
+            fix="Make one: latentrt quantise PACKAGE -o NEW --to int8",
+        )
+    precision = str(facts.get("format", BF16))
+    told = bool(facts) and (
+        facts["relative_l2"] > QUANTISED_RELATIVE_L2[precision]
+        or facts["picture_db"] < QUANTISED_PICTURE_DB[precision]
+    )
+    opened = replace(task, model=other.root, checkpoint=None, backend=backend)
+    return Mode(
+        side=f"{OURS} {precision}, {backend}", module=OURS, task=opened, precision=precision, told=told
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ..errors import LatentrtError
 from ..onnxruntime.session import library
 from ..onnxruntime.tuning.cpu_layouts import known_layout
 from ..package import Package
-from ..processors import processor, usable_processors
+from ..processors import multiplies_bfloat16, processor, usable_processors
 from ..store.files import default_root, has_engines
 from ..tuning.choice import MARGIN, TUNED_NETS
 
@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from ..store.key import EngineKey
 
 # The first is what the others are compared with, and what "auto" takes where nothing was measured.
-HOSTS = tuple(row.name for row in BACKENDS.values() if not row.on_device)
+HOSTS = tuple(row.name for row in BACKENDS.values() if not row.on_device and not row.approximate)
+_COARSE = tuple(row.name for row in BACKENDS.values() if row.approximate)  # all of them in bfloat16
 _REVISION = 1  # raised when a net of one of them is opened in another way
+
+
+def hosts_of(package: Package) -> tuple[str, ...]:
+    """The backends that may draw a package on this processor, those that compute exactly first."""
+    return (*HOSTS, *_COARSE) if package.manifest.quantised and multiplies_bfloat16() else HOSTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class Standing:
     """The backend that draws a model the fastest, and what a picture takes with each.
 
     Attributes:
-        backend: of `HOSTS`.
+        backend: of `hosts_of`.
         milliseconds: by backend, of those that computed every net right: the model's own number of calls of
             the UNet, with guidance, and the decoder once.
     """
@@ -58,6 +64,7 @@ def contest_key(package: Package, net: str, store: EngineStore) -> EngineKey:
     from ..store.key import Target, package_key
 
     onnxruntime = str(library().__version__)
+    layout = known_layout(package, net, onnxruntime, store)
     defaults = package.manifest.defaults
     return package_key(
         package,
@@ -68,9 +75,7 @@ def contest_key(package: Package, net: str, store: EngineStore) -> EngineKey:
             compute_capability="cpu", gpu=f"{processor()}, {usable_processors()} cores", driver="any"
         ),
         profiles=(f"{defaults.width}x{defaults.height}",),
-        flags=sorted(
-            (f"contest {_REVISION}", *HOSTS, f"layout {known_layout(package, net, onnxruntime, store)}")
-        ),
+        flags=sorted((f"contest {_REVISION}", *hosts_of(package), f"layout {layout}")),
     )
 
 
@@ -102,7 +107,7 @@ def standing(package: Package, facts: Mapping[str, Mapping[str, Any]]) -> Standi
     measured = {net: one["milliseconds"] for net, one in facts.items()}
     totals = {
         name: sum(calls.get(net, 1) * float(times[name]) for net, times in measured.items())
-        for name in HOSTS
+        for name in hosts_of(package)
         if all(name in times for times in measured.values())
     }
     most = min(totals.values()) * (1 + MARGIN)

@@ -17,9 +17,10 @@ from ..package import Package
 from ..spec import Array
 from ..store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ..store.key import canonical_json
+from ..tolerances import BF16, QUANTISED_RELATIVE_L2
 from ..tuning.choice import Measured, allowed_distance, choice_facts, choose_layout, tuned_nets
 from ..tuning.runs import measured_inputs, milliseconds
-from .fastest import HOSTS, contest_key
+from .fastest import HOSTS, contest_key, hosts_of
 
 HOST_ROUNDS = 4  # a UNet takes seconds: few rounds tell backends apart that differ by a tenth
 _WARM_UP = 1
@@ -45,7 +46,7 @@ def measure_hosts(
     """Make sure that the store has what the backends take for the UNet and the decoder, on this machine.
 
     Takes a dozen runs of each net, and while it lasts the memory of all backends' nets of one name. A backend
-    whose output is not the first one's, within `allowed_distance`, is out.
+    whose output is not the first one's, within `allowed_distance` and the bar of its precision, is out.
 
     Raises:
         BackendError: the first backend cannot run here.
@@ -57,8 +58,9 @@ def measure_hosts(
         trials = _Trials(package, net, report, rounds, opened)
         choice = choose_layout(
             trials.measure,
-            HOSTS,
+            hosts_of(package),
             parity=allowed_distance(package, net),
+            coarser={name: QUANTISED_RELATIVE_L2[BF16] for name in hosts_of(package) if name not in HOSTS},
             rounds=rounds,
             warm_up=_WARM_UP,
         )
@@ -96,5 +98,6 @@ class _Trials:
     def time(self, name: str, net: Net) -> float:
         """Milliseconds of one run."""
         self.done += 1
-        self.report(f"timing {name}", min(self.done / ((self.rounds + _WARM_UP) * len(HOSTS)), 1.0))
+        total = (self.rounds + _WARM_UP) * len(hosts_of(self.package))
+        self.report(f"timing {name}", min(self.done / total, 1.0))
         return milliseconds(lambda: net(**self.inputs))

@@ -29,6 +29,7 @@ from ..spilled import available_bytes, spill
 from ..store.files import default_root
 from .library import HOST, core, library, run_error, version
 
+F32 = "f32"  # as OpenVINO writes a precision
 MOST_SHAPES = 4  # of a net that are kept compiled, where memory has room for them
 _WHILE_COMPILED = 2  # times its weights is what another shape of a net takes, at most, while it is compiled
 _FELT = 2**26  # bytes of weights from which what compiling leaves behind is worth a look
@@ -43,6 +44,7 @@ class OpenvinoNet:
         name: of the net.
         threads: of the CPU for one run; None is every processor.
         device: OpenVINO's name of it.
+        precision: of the arithmetic, as OpenVINO writes it.
 
     Raises:
         PackageError: OpenVINO refuses the graph, its boundary is not the manifest's, or its weights are not
@@ -53,12 +55,18 @@ class OpenvinoNet:
     """
 
     def __init__(
-        self, package: Package, name: str, *, threads: int | None = None, device: str = HOST
+        self,
+        package: Package,
+        name: str,
+        *,
+        threads: int | None = None,
+        device: str = HOST,
+        precision: str = F32,
     ) -> None:
         self.name, self.device = name, device
         self.spec: NetSpec = package.manifest.nets[name].spec
         self._package = package
-        self._settings = _settings(device, thread_count(threads))
+        self._settings = _settings(device, thread_count(threads), precision)
         self._compiled: OrderedDict[tuple[tuple[int, ...], ...], Future[_Compiled]] = OrderedDict()
         self._lock = Lock()
         self._io = 0
@@ -203,13 +211,13 @@ class _Compiled:
         return {name: results[name] for name in self._outputs}
 
 
-def _settings(device: str, threads: int) -> dict[str, Any]:
+def _settings(device: str, threads: int, precision: str) -> dict[str, Any]:
     """What nets are compiled with.
 
-    float32 is said, because where a processor has bfloat16 OpenVINO's own choice is that, with or without the
-    units that make it faster, and too coarse for the project's bars (`tolerances.NET_RELATIVE_L2`).
+    The precision is said, because where a processor has bfloat16 OpenVINO's own choice is that, with or
+    without the units that make it faster, and too coarse for the bars of exact packages (`backend.py`).
     """
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if device == HOST:
         settings["INFERENCE_NUM_THREADS"] = threads
     return settings

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ def choose_layout(
     candidates: Sequence[str],
     *,
     parity: float,
+    coarser: Mapping[str, float] = MappingProxyType({}),
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
 ) -> Choice:
@@ -73,13 +75,14 @@ def choose_layout(
             out. An error of the first candidate is raised on: without it there is nothing to compare with.
         candidates: names of layouts, the simplest first; that one is the reference.
         parity: the largest relative L2 to the first candidate's outputs that is no reason to reject.
+        coarser: how much more that may be, of candidates that compute in another precision.
         rounds: how often each is timed.
         warm_up: how many rounds run before and are not counted.
 
     Raises:
         Exception: whatever the first candidate's `measure` and `run` raise.
     """
-    contest = _Contest(candidates[0], measure(candidates[0]), parity)
+    contest = _Contest(candidates[0], measure(candidates[0]), parity, coarser)
     with ExitStack() as stack:
         stack.callback(contest.close)
         for name in candidates[1:]:
@@ -99,9 +102,9 @@ def choose_layout(
 class _Contest:
     """The candidates that are still in. The first is the reference."""
 
-    def __init__(self, name: str, reference: Measured, parity: float) -> None:
+    def __init__(self, name: str, reference: Measured, parity: float, coarser: Mapping[str, float]) -> None:
         self._first = name
-        self._parity = parity
+        self._parity, self._coarser = parity, coarser
         self._reference = reference
         self.open = {name: reference}
         self.times: dict[str, list[float]] = {name: []}
@@ -127,15 +130,16 @@ class _Contest:
             far = {key: relative_l2(outputs[key], wanted[key]) for key in wanted}
             self.relative_l2[name] = max(far.values())
             for key, distance in far.items():
-                if distance > (most := self._allowed(wanted[key])):
+                if distance > (most := self._allowed(name, wanted[key])):
                     self._reject(
                         name,
                         f"its output is {distance:.1e} (relative L2) from {self._first}'s, over {most:.0e}",
                     )
                     return
 
-    def _allowed(self, wanted: Array) -> float:
-        return max(self._parity, ROUNDED_RELATIVE_L2) if wanted.dtype.kind in "iu" else self._parity
+    def _allowed(self, name: str, wanted: Array) -> float:
+        least = ROUNDED_RELATIVE_L2 if wanted.dtype.kind in "iu" else 0.0
+        return max(self._parity, least) + self._coarser.get(name, 0.0)
 
     def take_turns(self, *, backwards: bool, counted: bool) -> None:
         """Run each candidate once."""

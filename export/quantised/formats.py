@@ -26,9 +26,8 @@ class Format:
         smallest: the most negative number; -largest where a type has one more that is not used.
         rounds_data: whether data are of the type too, with one scale; else weights alone are narrow.
         by_channel: whether each of the output's channels has its scale.
-        smooths: whether channels of data that reach far are worth taking into the weights: with one step for
-            all values, not with floats.
-        relative_error: of a rounded float, root mean square, whatever its size; None of whole numbers.
+        smooths: whether data have steps of one size, as floats do not. Then it is worth to cut off the few
+            that reach far, and to take channels that do into the weights.
         block: values of a weight along the products that share a scale; 0 is all of them.
         operators: whose weights.
         capability: of the oldest NVIDIA GPUs that compute with it (TensorRT's support matrix).
@@ -44,7 +43,6 @@ class Format:
     rounds_data: bool
     by_channel: bool
     smooths: bool = False
-    relative_error: float | None = None
     block: int = 0
     operators: tuple[str, ...] = ("MatMul", "Conv")
     capability: str
@@ -95,7 +93,6 @@ FORMATS: Mapping[str, Format] = {
             smallest=-448,
             rounds_data=True,
             by_channel=False,
-            relative_error=0.026,  # three bits behind the point: off by 2^-4 at most
             capability="8.9",
             bar=QUANTISED_RELATIVE_L2["fp8"],
             picture_bar=QUANTISED_PICTURE_DB["fp8"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Array]
 
+# About how many rows of a tensor are sampled in each call, and values of an image: of 24 calls 10^5 values.
+_ROWS, _VALUES = 4, 4096
+_END = np.iinfo(np.int64).max  # of a Slice: as far as there is
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
@@ -26,12 +30,12 @@ class Range:
 
     Attributes:
         peak: the largest magnitude.
-        rms: the root of the mean square.
+        sample: (rows, C) float32, some of the rows, evenly from everywhere; of images (values, 1).
         channels: (C,) float32, each channel's largest magnitude, of what matrices are multiplied with.
     """
 
     peak: float
-    rms: float
+    sample: Array
     channels: Array | None = None
 
 
@@ -71,12 +75,12 @@ def measure_ranges(
 
 def _range(found: Mapping[str, list[Array]], name: str, operator: str) -> Range:
     peaks = np.max(found[f"{name}/peak"], axis=0)
-    square = float(np.mean(found[f"{name}/square"]))
-    return Range(peak=float(peaks.max()), rms=square**0.5, channels=None if operator == "Conv" else peaks)
+    sample = np.concatenate(found[f"{name}/sample"])
+    return Range(peak=float(peaks.max()), sample=sample, channels=None if operator == "Conv" else peaks)
 
 
 def _probe(model: ir.Model, wanted: Mapping[str, str]) -> None:
-    """Have a graph put out the peaks and mean squares of some tensors in place of its outputs."""
+    """Have a graph put out the peaks and samples of some tensors in place of its outputs."""
     import onnx_ir as ir
 
     graph = model.graph
@@ -84,38 +88,36 @@ def _probe(model: ir.Model, wanted: Mapping[str, str]) -> None:
     values |= {value.name: value for value in graph.inputs}
     del graph.outputs[:]
 
-    def add(operator: str, inputs: list[Any], name: str, **numbers: int) -> ir.Value:
+    def add(operator: str, inputs: Sequence[ir.Value], name: str, **numbers: int) -> ir.Value:
         node = ir.node(operator, inputs, numbers, num_outputs=1)
-        node.outputs[0].name, node.outputs[0].dtype = name, ir.DataType.FLOAT
+        node.outputs[0].name = name
         graph.append(node)
         return node.outputs[0]
 
-    last = ir.node("Constant", [], {"value": ir.tensor(np.array([-1], np.int64))}, num_outputs=1)
-    last.outputs[0].name = "ranges/last"
-    graph.append(last)
+    def ints(*numbers: int) -> ir.Value:
+        name = "ranges/" + ",".join(map(str, numbers))
+        if name not in values:
+            tensor = ir.tensor(np.array(numbers, np.int64))
+            node = ir.node("Constant", [], {"value": tensor}, num_outputs=1)
+            node.outputs[0].name = name
+            graph.append(node)
+            values[name] = node.outputs[0]
+        return values[name]
+
     for name, operator in wanted.items():
         wide = add("Cast", [values[name]], f"{name}/wide", to=int(ir.DataType.FLOAT))
-        size = add("Abs", [wide], f"{name}/size")
+        shape = ints(-1, 1)
         if operator != "Conv":  # (…, C) -> (rows, C)
-            rows = [size, _shape_of_rows(graph, wide, last.outputs[0], name)]
-            size = add("Reshape", rows, f"{name}/rows")
-            axes = ir.node("Constant", [], {"value": ir.tensor(np.array([0], np.int64))}, num_outputs=1)
-            axes.outputs[0].name = f"{name}/axes"
-            graph.append(axes)
-            graph.outputs.append(add("ReduceMax", [size, axes.outputs[0]], f"{name}/peak", keepdims=0))
-        else:
-            graph.outputs.append(add("ReduceMax", [size], f"{name}/peak", keepdims=0))
-        square = add("Mul", [wide, wide], f"{name}/squared")
-        graph.outputs.append(add("ReduceMean", [square], f"{name}/square", keepdims=0))
-
-
-def _shape_of_rows(graph: ir.Graph, value: ir.Value, last: ir.Value, name: str) -> ir.Value:
-    """(-1, C): what only the run knows."""
-    import onnx_ir as ir
-
-    channels = ir.node("Shape", [value], {"start": -1}, num_outputs=1)
-    shape = ir.node("Concat", [last, channels.outputs[0]], {"axis": 0}, num_outputs=1)
-    for node, what in ((channels, "channels"), (shape, "shape")):
-        node.outputs[0].name = f"{name}/{what}"
-        graph.append(node)
-    return shape.outputs[0]
+            channels = add("Shape", [wide], f"{name}/channels", start=-1)
+            shape = add("Concat", [ints(-1), channels], f"{name}/shape", axis=0)
+        rows = add("Reshape", [wide, shape], f"{name}/rows")
+        size = add("Abs", [rows], f"{name}/size")
+        peak = add("ReduceMax", [size, ints(0)], f"{name}/peak", keepdims=0)
+        # An odd step is none of a width's divisors, so that all columns of an image have their turn.
+        count = add("Shape", [rows], f"{name}/count", start=0, end=1)
+        half = add("Div", [count, ints(2 * (_VALUES if operator == "Conv" else _ROWS))], f"{name}/half")
+        step = add("Add", [add("Mul", [half, ints(2)], f"{name}/even"), ints(1)], f"{name}/step")
+        sample = add("Slice", [rows, ints(0), ints(_END), ints(0), step], f"{name}/sample")
+        for output in (peak, sample):
+            output.dtype = ir.DataType.FLOAT
+            graph.outputs.append(output)

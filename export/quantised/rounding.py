@@ -15,9 +15,13 @@ from .ranges import Range
 
 Weights = Mapping[str, Array]  # by the name of the stored weight, as it is stored
 
-# Data whose rounding errors are a larger share of them stay as they are: 25 dB, as in NVIDIA/Model-Optimizer.
-_MOST_NOISE = 10 ** (-25 / 20)
 _ALPHA = 0.5  # of SmoothQuant
+# Of the peak: where data may be cut off, so that all others are rounded by smaller steps.
+_CLIPS = tuple(np.linspace(1, 0.3, 15).tolist())
+_MOST_VALUES = 2**16  # of a sample that are tried
+# Of the errors that are summed up to choose one. With 2 large ones count too little: the demo's UNet is a
+# third further off than with nothing cut off. With 3 it is about as far, and SD 1.5's (random) is nearer.
+_POWER = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,36 +71,40 @@ def plan_rounding(
     for place in places:
         readers.setdefault(place.data, []).append(place)
     divided: dict[str, Array] = {}
-    peaks = {name: ranges[name].peak for name in readers}
-    rms = {name: ranges[name].rms for name in readers}
+    data: dict[str, float] = {}
     for name, behind in readers.items():
-        reach = ranges[name].channels
-        if normalised.get(name) != len(behind) or reach is None or not format_.smooths:
+        found = ranges[name]
+        data[name] = fit_scale(format_, found.peak, found.sample)
+        if normalised.get(name) != len(behind) or found.channels is None or not format_.smooths:
             continue
-        factor = smoothing_factors(reach, [_by_input(place, weights) for place in behind], _ALPHA)
-        if (smooth := float((reach / factor).max())) < peaks[name]:
-            divided[name], peaks[name] = factor, smooth
-            spread: Any = (reach / factor) ** 2  # a channel's mean square goes with what it reaches
-            rms[name] *= float(np.sqrt(spread.mean() / np.mean(reach**2)))
-    kept = [place for place in places if noise(format_, peaks[place.data], rms[place.data]) <= _MOST_NOISE]
-    names = {place.data for place in kept}
+        factor = smoothing_factors(found.channels, [_by_input(place, weights) for place in behind], _ALPHA)
+        if (smooth := float((found.channels / factor).max())) < found.peak:
+            divided[name] = factor
+            data[name] = fit_scale(format_, smooth, found.sample / factor)
     return Rounding(
         format=format_,
-        places=tuple(kept),
-        left_out=tuple(place.name for place in places if place not in kept),
-        data={name: max(peaks[name] / format_.largest, LEAST) for name in peaks if name in names},
-        divided={name: factor for name, factor in divided.items() if name in names},
+        places=tuple(places),
+        left_out=(),
+        data=data,
+        divided=divided,
     )
 
 
-def noise(format_: Format, peak: float, rms: float) -> float:
-    """About how large the rounding errors of data are, as a share of the data (root mean squares).
+def fit_scale(format_: Format, peak: float, sample: Array) -> float:
+    """What data are divided by: of `_CLIPS` of the peak the one with the least errors (`_POWER`).
 
-    Of whole numbers with the largest at `peak`: a step over the root of 12.
+    What is beyond is cut off. A float's error does not depend on its scale, so there it is the peak's.
     """
-    if format_.relative_error is not None:
-        return format_.relative_error
-    return peak / format_.largest / 12**0.5 / max(rms, LEAST)
+    scale = max(peak / format_.largest, LEAST)
+    if not format_.smooths:
+        return scale
+    some = np.ravel(sample)[:: sample.size // _MOST_VALUES | 1]
+    return min((clip * scale for clip in _CLIPS), key=lambda one: _error(format_, some, one))
+
+
+def _error(format_: Format, sample: Array, scale: float) -> float:
+    whole: Any = np.clip(np.rint(sample / np.float32(scale)), format_.smallest, format_.largest)
+    return float((np.abs(whole * np.float32(scale) - sample) ** _POWER).sum())
 
 
 def smoothing_factors(reach: Array, weights: Iterable[Array], alpha: float) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +22,11 @@ from ...engines.tolerances import decibels, relative_l2
 from ..target import check_target, complete
 from .formats import FORMATS, Format
 from .graph import RoundedGraph
-from .inputs import PROMPTS, STEPS, Drawn, Predict, drawn_pictures
+from .inputs import PROBED_CELLS, PROMPTS, SEEN, STEPS, UNSEEN, Predict, drawn_pictures
 from .places import along, find_places
 from .ranges import Inputs, measure_ranges
 from .rounding import Rounding, plan_rounding, rounded_weight
+from .sensitivity import without_sensitive
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,6 +36,9 @@ _PART = "unet"
 _STORED = {1: "F32", 10: "F16", 11: "F64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2"}
 
 
+Judge = Callable[[Format, float, float], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
     """What came of it.
@@ -42,14 +46,26 @@ class Rounded:
     Attributes:
         package: the new one.
         rounding: what was done.
-        relative_l2: of the UNet's output, over all calls of a picture that nothing was measured on.
-        picture_db: of that picture.
+        relative_l2: of the UNet's output, over all calls of pictures that nothing was measured on.
+        picture_db: of those pictures, the mean.
     """
 
     package: Package
     rounding: Rounding
     relative_l2: float
     picture_db: float
+
+
+def check_bars(format_: Format, distance: float, likeness: float) -> None:
+    """Raise NumericError for what is further off than the format's bars."""
+    if distance <= format_.bar and likeness >= format_.picture_bar:
+        return
+    raise NumericError(
+        f"the UNet in {format_.name} is {distance:.2g} (relative L2) from what it was, and pictures of it"
+        f" {likeness:.1f} dB",
+        expected=f"at most {format_.bar:.2g}, and at least {format_.picture_bar:g} dB",
+        fix="Take another format, or the package as it is.",
+    )
 
 
 def quantise_package(
@@ -59,11 +75,12 @@ def quantise_package(
     format: str,
     overwrite: bool = False,
     progress: OnProgress | None = None,
+    judge: Judge = check_bars,
 ) -> Rounded:
     """Write a package that draws with a rounded UNet; everything else of it is a copy.
 
     Ranges are measured on a few small pictures that the package draws, and the rounded UNet is compared on
-    another: in the arithmetic of the format itself, whatever this processor has instructions for.
+    others: in the arithmetic of the format itself, whatever this processor has instructions for.
 
     Args:
         package: that `latentrt export` wrote.
@@ -71,6 +88,7 @@ def quantise_package(
         format: of FORMATS.
         overwrite: replace an existing package, once the new one is complete.
         progress: called with each stage as it begins.
+        judge: raises for what is not to be written, from the format, the relative L2 and the dB.
 
     Raises:
         UsageError: no such format, the package cannot be rounded, or `output` exists.
@@ -82,15 +100,15 @@ def quantise_package(
     check_target(output, overwrite)
     begin = stages(5, progress)
     begin("draw")
-    *seen, unseen = drawn_pictures(package)
+    seen = drawn_pictures(package, SEEN)
     begin("measure")
     rounding = plan(package, chosen, [call for picture in seen for call in picture.calls])
     with complete(output, overwrite) as folder:
         begin("round")
         made = write_rounded(package, folder, rounding)
         begin("compare")
-        distance, likeness = compare(package, made, unseen)
-        _check_bars(chosen, distance, likeness)
+        distance, likeness = compare(package, made)
+        judge(chosen, distance, likeness)
         begin("package")
         found = {"relative_l2": distance, "picture_db": likeness}
         drawn = {"drawn": {"prompts": len(PROMPTS), "steps": STEPS}}
@@ -134,18 +152,6 @@ def _checked(package: Package, name: str) -> Format:
     return FORMATS[name]
 
 
-def _check_bars(format_: Format, distance: float, likeness: float) -> None:
-    """Raise NumericError for what is further off than the format's bars."""
-    if distance <= format_.bar and likeness >= format_.picture_bar:
-        return
-    raise NumericError(
-        f"the UNet in {format_.name} is {distance:.2g} (relative L2) from what it was, and a picture of it"
-        f" {likeness:.1f} dB",
-        expected=f"at most {format_.bar:.2g}, and at least {format_.picture_bar:g} dB",
-        fix="Take another format, or the package as it is.",
-    )
-
-
 def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding:
     """What to round of a package's UNet, by ranges measured on these calls."""
     model = read_graph(package, "unet")
@@ -158,7 +164,11 @@ def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding
         for node in model.graph
         if node.op_type == "LayerNormalization"
     }
-    return plan_rounding(format_, places, ranges, weights, normalised)
+    rounding = plan_rounding(format_, places, ranges, weights, normalised)
+    if not rounding.data:
+        return rounding
+    (small,) = drawn_pictures(package, SEEN[:1], cells=PROBED_CELLS)
+    return without_sensitive(package, "unet", rounding, small.calls[::2])
 
 
 class _Writing:
@@ -243,22 +253,28 @@ class _Writing:
             )
 
 
-def compare(package: Package, rounded: Package, picture: Drawn) -> tuple[float, float]:
-    """How far a package's rounded UNet is from its own: relative L2 over a picture's calls, and the dB of it.
+def compare(package: Package, rounded: Package) -> tuple[float, float]:
+    """How far a rounded package is from what it was: relative L2 of the UNet's calls, and pictures' mean dB.
 
-    The picture is drawn anew with either, as their graphs say, node by node: nothing is fused, so narrow
-    products are not what a processor has.
+    They are the pictures of UNSEEN, drawn with either as the graphs say, node by node: nothing is fused, so
+    narrow products are not what a processor has. One UNet is in memory at a time.
     """
-    (wanted, before), (found, after) = (_again(one, picture) for one in (package, rounded))
-    return relative_l2(found, wanted), decibels(after, before)
+    wanted: list[Array] = []
+    before = drawn_pictures(package, UNSEEN, predict=_kept(_as_it_stands(package), wanted))
+    calls = [call for picture in before for call in picture.calls]
+    predict = _as_it_stands(rounded)
+    found = [predict(feeds) for feeds in calls]
+    after = drawn_pictures(rounded, UNSEEN, predict=predict)
+    likeness = [decibels(b.image, a.image) for a, b in zip(before, after, strict=True)]
+    return relative_l2(np.stack(found), np.stack(wanted)), float(np.mean(likeness))
 
 
-def _again(package: Package, picture: Drawn) -> tuple[Array, Array]:
-    """The predictions for a picture's calls, and the picture drawn anew: (1, H, W, 3) uint8."""
-    predict = _as_it_stands(package)
-    answers = np.stack([predict(feeds) for feeds in picture.calls])
-    (drawn,) = drawn_pictures(package, PROMPTS[-1:], predict=predict)
-    return answers, drawn.image
+def _kept(predict: Predict, answers: list[Array]) -> Predict:
+    def predict_and_keep(feeds: Inputs) -> Array:
+        answers.append(predict(feeds))
+        return answers[-1]
+
+    return predict_and_keep
 
 
 def _as_it_stands(package: Package) -> Predict:

@@ -23,7 +23,7 @@ from latentrt.benchmarks.models import rounded as making
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.quantised_table import quantised_table
-from latentrt.benchmarks.sides import contract
+from latentrt.benchmarks.sides import contract, openvino_loop
 from latentrt.benchmarks.sides.contract import OURS, ROUNDED_PEERS, NotAvailableError, Task
 from latentrt.benchmarks.verbs import latency, quantised
 from latentrt.benchmarks.verbs.memory import NO_PROC, PEAK
@@ -34,6 +34,8 @@ from latentrt.engines.errors import MemoryLimitError, UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.engines.tolerances import QUANTISED_PICTURE_DB, QUANTISED_RELATIVE_L2
+from latentrt.export.quantised import write
+from latentrt.export.quantised.formats import FORMATS
 from latentrt.export.quantised.write import quantise_package
 from tests.benchmarks.stand_in_side import CASE, PACKAGE, QUICK, TASK
 
@@ -66,6 +68,14 @@ def test_everyone_opens_what_it_reads(rounded: Package, tmp_path: Path) -> None:
     assert all(mode.task.threads == TASK.threads for mode in modes)
     assert [mode.side for mode in modes if mode.told] == ["openvino-nncf", "sdcpp-q8_0"]
     assert modes_of(PACKAGE, TASK, [], ["diffusers"])[1].task == TASK
+
+
+def test_a_package_as_it_is_on_an_approximate_backend(rounded: Package) -> None:
+    coarse = [(PACKAGE, "openvino-bf16"), (rounded, "openvino-bf16")]
+    _, plain, narrow, peer = modes_of(PACKAGE, TASK, coarse, ["openvino-bf16"])
+    assert (plain.side, plain.precision, plain.told) == ("latentrt bf16, openvino-bf16", "bf16", False)
+    assert (narrow.side, narrow.precision) == ("latentrt int4, openvino-bf16", "int4")
+    assert (peer.module, peer.precision, peer.told) == ("openvino-bf16", "bf16", True)
 
 
 def test_what_is_no_package_in_fewer_bits_is_named(rounded: Package) -> None:
@@ -271,6 +281,18 @@ def test_nncfs_int8_draws_ours_nearly() -> None:
     assert 1e-3 < figures["relative_l2"] < 0.2, "rounded, and the same net"
 
 
+def test_openvinos_own_precision_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino_loop, "multiplies_bfloat16", lambda: True)
+    with closing(contract.open_side("openvino-bf16", TASK)) as peer:
+        assert "INFERENCE_PRECISION_HINT" not in peer.versions
+    with closing(contract.open_side("openvino", TASK)) as peer:
+        assert peer.versions["INFERENCE_PRECISION_HINT"] == "f32"
+    monkeypatch.setattr(openvino_loop, "multiplies_bfloat16", lambda: False)
+    with pytest.raises(NotAvailableError, match="this processor does not multiply bfloat16"):
+        contract.open_side("openvino-bf16", TASK)
+
+
 class Sampler:
     EULER, DPMPP2M = "euler", "dpmpp2m"
 
@@ -352,13 +374,18 @@ def test_other_verbs_have_no_peers_in_fewer_bits() -> None:
         assert "unknown name" in str(done.exception)
 
 
-def test_packages_of_random_weights_are_rounded_uncompared(tmp_path: Path) -> None:
+def test_packages_of_random_weights_are_written_also_below_the_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = {"int8": replace(FORMATS["int8"], bar=0.0, picture_bar=99.0)}
+    monkeypatch.setattr(write, "FORMATS", strict)
     making.main([str(PACKAGE.root), str(tmp_path / "int8"), "--to", "int8"])
-    facts = Package.open(tmp_path / "int8").manifest.quantised
-    assert facts["format"] == "int8"
-    assert facts["rounded"]
-    assert "relative_l2" not in facts
-    assert modes_of(PACKAGE, TASK, [(Package.open(tmp_path / "int8"), "openvino")])[1].told
-    assert "left out, not compared" in CliRunner().invoke(app, ["inspect", str(tmp_path / "int8")]).output
+    made = Package.open(tmp_path / "int8")
+    assert f"relative L2 {made.manifest.quantised['relative_l2']:.2g}, " in capsys.readouterr().out
+    assert not modes_of(PACKAGE, TASK, [(made, "openvino")])[1].told
+    for below in ({"relative_l2": 0.031}, {"picture_db": 24.9}):
+        facts = {**made.manifest.quantised, **below}
+        worse = replace(made, manifest=replace(made.manifest, quantised=facts))
+        assert modes_of(PACKAGE, TASK, [(worse, "openvino")])[1].told
     with pytest.raises(UsageError, match="is a package already"):
         making.main([str(PACKAGE.root), str(tmp_path / "int8")])

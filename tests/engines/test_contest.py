@@ -11,7 +11,7 @@ import pytest
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.contest import fastest
-from latentrt.engines.contest.fastest import HOSTS, Standing, fastest_host, standing
+from latentrt.engines.contest.fastest import HOSTS, Standing, fastest_host, hosts_of, standing
 from latentrt.engines.contest.hosts import measure_hosts, open_net
 from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
@@ -149,6 +149,42 @@ def test_a_picture_is_what_counts(
     found = standing(package, facts)
     assert found.backend == backend
     assert found.milliseconds["onnxruntime"] == 20 * onnxruntime[0] + onnxruntime[1]
+
+
+# ── packages in fewer bits ───────────────────────────────────────────────────────────────────────────
+
+
+ROUNDED = replace(DEMO, manifest=replace(DEMO.manifest, quantised={"format": "int8", "relative_l2": 0.01}))
+COARSE = "openvino-bf16"
+
+
+def test_who_may_draw_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, wanted in ((True, (*HOSTS, COARSE)), (False, HOSTS)):
+        monkeypatch.setattr(fastest, "multiplies_bfloat16", lambda there=there: there)
+        assert hosts_of(DEMO) == HOSTS == ("onnxruntime", "openvino")
+        assert hosts_of(ROUNDED) == wanted
+
+
+@pytest.mark.parametrize(("value", "winner"), [(1.03, COARSE), (1.04, "openvino")])
+def test_bfloat16_has_its_own_bar_beside_the_packages(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch, value: float, winner: str
+) -> None:
+    """The UNet's is 0.015 + 0.02; the decoder's outputs are all alike."""
+    monkeypatch.setattr(fastest, "multiplies_bfloat16", lambda: True)
+
+    class OfUNets(Opener):
+        def __call__(self, backend: str, package: Package, net: str) -> Any:
+            opened = super().__call__(backend, package, net)
+            opened.value = opened.value if net == "unet" else 1.0
+            return opened
+
+    opener = OfUNets(**FASTER, **{COARSE: (0.001, value)})
+    measure_hosts(ROUNDED, store, rounds=1, opened=opener)
+    found = fastest_host(ROUNDED)
+    assert found is not None
+    assert found.backend == winner
+    monkeypatch.setattr(fastest, "multiplies_bfloat16", lambda: False)
+    assert fastest_host(ROUNDED) is None, "without it, it is another contest"
 
 
 # ── "auto" ───────────────────────────────────────────────────────────────────────────────────────────

@@ -29,17 +29,18 @@ from latentrt.engines.graphs import given
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.package import Manifest, NetFile, Package, write_manifest
+from latentrt.engines.processors import multiplies_bfloat16
 from latentrt.engines.spec import NETS, NetSpec, TensorSpec
 from latentrt.engines.spilled import spill
-from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
+from latentrt.engines.tolerances import NET_RELATIVE_L2, QUANTISED_RELATIVE_L2, relative_l2
 from latentrt.runtime.model import SHIPPED
 from tests.engines.net_inputs import input_shapes, random_inputs
 from tests.tiny_package import BIAS, add_graph
 
 pytest.importorskip("openvino")
 
-from latentrt.engines.openvino import library, nets
-from latentrt.engines.openvino.backend import OPENVINO
+from latentrt.engines.openvino import backend, library, nets
+from latentrt.engines.openvino.backend import OPENVINO, OPENVINO_BF16
 from latentrt.engines.openvino.nets import MOST_SHAPES, OpenvinoNet
 
 DEMO = Package.open(SHIPPED["demo"])
@@ -102,7 +103,7 @@ def test_too_few_threads(package: Package, threads: int) -> None:
 
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
 def test_threads_are_those_of_a_cpu(device: str) -> None:
-    settings = nets._settings(device, 3)
+    settings = nets._settings(device, 3, "f32")
     assert settings.get("INFERENCE_NUM_THREADS") == (3 if device == "CPU" else None)
     assert settings["INFERENCE_PRECISION_HINT"] == "f32"
 
@@ -147,6 +148,36 @@ def test_every_net_of_the_demo(name: str) -> None:
             for key, values in wanted.items():
                 assert found[key].dtype == values.dtype
                 assert relative_l2(found[key], values) <= NET_RELATIVE_L2["fp32"], key
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("name", ["unet", "vae_decoder", "vae_encoder"])
+def test_bfloat16_is_coarser_and_within_its_bar(name: str) -> None:
+    spec = DEMO.manifest.nets[name].spec
+    inputs = random_inputs(spec, input_shapes(spec, SIZES), 0)
+    with OPENVINO.open_net(DEMO, name) as net, OPENVINO_BF16.open_net(DEMO, name) as coarse:
+        wanted, found = net(**inputs), coarse(**inputs)
+        (compiled,) = (future.result()._compiled for future in coarse._compiled.values())
+    assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'bfloat16'>"
+    first = spec.outputs[0].name
+    assert 1e-4 < relative_l2(found[first], wanted[first]) <= QUANTISED_RELATIVE_L2["bf16"]
+    assert OPENVINO_BF16.describe().endswith(", bf16)")
+
+
+def test_what_runs_once_a_prompt_is_exact_all_the_same() -> None:
+    for name in ("text_encoder", "unet_context", "unet_time"):
+        with OPENVINO_BF16.open_net(DEMO, name) as net:
+            assert net._settings["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_bfloat16_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "multiplies_bfloat16", lambda: False)
+    with pytest.raises(BackendError, match="this processor does not multiply bfloat16"):
+        choose_backend("openvino-bf16")
+    with pytest.raises(BackendError, match="this processor does not multiply bfloat16"):
+        OPENVINO_BF16.describe()
+    monkeypatch.setattr(backend, "multiplies_bfloat16", lambda: True)
+    assert choose_backend("openvino-bf16") == ("openvino-bf16", OPENVINO_BF16)
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet_context", "unet_time", "unet", "vae_decoder"])

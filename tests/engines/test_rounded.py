@@ -455,6 +455,18 @@ def test_what_a_processor_can_is_read(
         assert processors.processor() == "Some CPU"
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [("avx512_bf16", True), ("amx_bf16", True), ("avx512_vnni", False)]
+)
+def test_who_multiplies_bfloat16(
+    flags: str, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "_CPUINFO", tmp_path / "cpuinfo")
+    assert processors.multiplies_bfloat16() is False
+    (tmp_path / "cpuinfo").write_text(X86.format(flags))
+    assert processors.multiplies_bfloat16() is wanted
+
+
 @pytest.mark.parametrize(("machine", "wanted"), [("arm64", True), ("x86_64", False)])
 def test_apples_own_processors_can(machine: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
@@ -505,7 +517,7 @@ def test_where_it_was_the_fastest_it_is_opened(
     monkeypatch.setattr(cpu_tuning, "choose_layout", chosen)
     (tuned,) = tune_package(package, store, nets=["unet"], rounds=1)
     assert tuned.entry.facts["layout"] == INT8
-    assert set(seen[0].relative_l2) == {*CPU_LAYOUTS[1:], INT8}
+    assert {"fused", INT8} <= set(seen[0].relative_l2), "of winograd there may be nothing left"
     assert INT8 not in seen[0].rejected
     with ONNXRUNTIME.open_net(package, "unet") as net:
         assert net.layout == INT8
