@@ -306,6 +306,7 @@ def quantised(call: Call) -> _Measure:
     from ..benchmarks.sides.contract import OF_ONE_VERB, OURS, REFERENCES, ROUNDED_PEERS, SIDES
     from ..benchmarks.verbs.quantised import WORKLOADS, Inputs, measure_quantised, modes_of
     from ..engines.package import Package
+    from ..runtime.model import SHIPPED
 
     options = call.options
     own = {OURS, *REFERENCES, *OF_ONE_VERB} - ROUNDED_PEERS.keys()
@@ -313,7 +314,10 @@ def quantised(call: Call) -> _Measure:
     modes = modes_of(
         call.package,
         call.task(),
-        [(Package.open(Path(folder)), backend or options["backend"]) for folder, _, backend in named],
+        [
+            (Package.open(SHIPPED.get(folder, Path(folder))), backend or options["backend"])
+            for folder, _, backend in named
+        ],
         listed(options["peers"], [name for name in SIDES if name not in own]),
         file=options["file"],
     )

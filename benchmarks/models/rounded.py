@@ -1,18 +1,22 @@
 """Full-size packages in fewer bits, for times and memory: `python -m latentrt.benchmarks.models.rounded`.
 
 Their weights are random. What rounding does to those says little of a model's, whose channels are not alike.
-So packages that are below the bars of their format are written, too. `latentrt quantise` is for models.
+So packages that are below the bars of their format are written, too, and their manifests say what they are.
+`latentrt quantise` is for models.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ...engines.package import Package
+from ...engines.package import Package, write_manifest
 from ...export.quantised.formats import FORMATS, Format
 from ...export.quantised.write import quantise_package
+
+RANDOM = "random"
 
 
 def accept(format_: Format, distance: float, likeness: float) -> None:
@@ -27,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", choices=list(FORMATS), default="int8")
     asked = parser.parse_args(arguments)
     made = quantise_package(Package.open(asked.package), asked.output, format=asked.to, judge=accept)
+    manifest = made.package.manifest
+    write_manifest(
+        asked.output, replace(manifest, files={}, quantised={**manifest.quantised, "weights": RANDOM})
+    )
     print(f"relative L2 {made.relative_l2:.2g}, pictures {made.picture_db:.1f} dB")
 
 

@@ -29,6 +29,7 @@ from ...engines.tolerances import (
 from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..machine import resident_bytes
+from ..models.rounded import RANDOM
 from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..rounds import Pace, Slot, Turns, interleave
@@ -63,7 +64,7 @@ class Mode:
         task: what it opens.
         precision: whose bars hold: a format of `QUANTISED_RELATIVE_L2`, or the dtype of exact sides.
         told: whether what is below the bars only says so in place of failing: of peers in fewer bits, and of
-            packages of random weights, which were below them when they were made.
+            packages of random weights (`models/rounded.py`).
     """
 
     side: str
@@ -134,10 +135,7 @@ def _ours(package: Package, task: Task, other: Package, backend: str) -> Mode:
             fix="Make one: latentrt quantise PACKAGE -o NEW --to int8",
         )
     precision = str(facts.get("format", BF16))
-    told = bool(facts) and (
-        facts["relative_l2"] > QUANTISED_RELATIVE_L2[precision]
-        or facts["picture_db"] < QUANTISED_PICTURE_DB[precision]
-    )
+    told = facts.get("weights") == RANDOM
     opened = replace(task, model=other.root, checkpoint=None, backend=backend)
     return Mode(
         side=f"{OURS} {precision}, {backend}", module=OURS, task=opened, precision=precision, told=told

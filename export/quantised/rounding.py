@@ -103,7 +103,8 @@ def fit_scale(format_: Format, peak: float, sample: Array) -> float:
 
 
 def _error(format_: Format, sample: Array, scale: float) -> float:
-    whole: Any = np.clip(np.rint(sample / np.float32(scale)), format_.smallest, format_.largest)
+    steps: Any = np.rint(sample / np.float32(scale))
+    whole: Any = np.minimum(np.maximum(steps, format_.smallest), format_.largest)
     return float((np.abs(whole * np.float32(scale) - sample) ** _POWER).sum())
 
 
