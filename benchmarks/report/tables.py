@@ -126,7 +126,7 @@ def _newest(results: Iterable[Result]) -> list[Result]:
         document = result.document
         question = {
             "about": [document.benchmark, words.model(document), words.machine(document)],
-            "peers": document.settings.get("peers", []),
+            "peers": [document.settings.get(name, []) for name in ("peers", "sides")],
             "timed": sorted({row.workload for row in document.select(side=OURS)}),
             "cases": sorted(json.dumps(case, sort_keys=True) for case in cases(document)),
         }

@@ -86,6 +86,44 @@ def test_outputs_stay_what_they_were(net: OpenvinoNet) -> None:
     np.testing.assert_array_equal(first, [BIAS] * 2)
 
 
+@pytest.mark.parametrize("rows", [2, nets._SMALL], ids=["copied", "bound"])
+def test_an_array_is_read_anew_in_every_call(net: OpenvinoNet, rows: int) -> None:
+    """The same array with other values, another array, a view, and one that may not be written to."""
+    x = np.ones((rows, 4), np.float32)
+    first = net(x=x)["y"]
+    x += 1
+    second = net(x=x)["y"]
+    np.testing.assert_array_equal(first + 1, second)
+    third = net(x=np.full_like(x, 5))["y"]
+    np.testing.assert_array_equal(third, second + 3)
+    wide = np.zeros((rows, 8), np.float32)
+    np.testing.assert_array_equal(net(x=wide[:, ::2])["y"], third - 5)
+    wide += 7
+    np.testing.assert_array_equal(net(x=wide[:, ::2])["y"], third + 2)
+    wide.flags.writeable = False
+    np.testing.assert_array_equal(net(x=wide[:, 4:])["y"], third + 2)
+    np.testing.assert_array_equal(net(x=x)["y"], second)
+
+
+def test_what_stays_is_bound_once(net: OpenvinoNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[str] = []
+    real = nets._Request._bind
+
+    def watched(self: Any, name: str, values: np.ndarray) -> None:
+        before = self._bound.get(name)
+        real(self, name, values)
+        bound.extend([name] if self._bound[name] is not before else [])
+
+    monkeypatch.setattr(nets._Request, "_bind", watched)
+    large = np.ones((nets._SMALL, 4), np.float32)
+    for _ in range(3):
+        net(x=large)
+    assert bound == ["x"]
+    for _ in range(3):
+        net(x=np.ones((3, 4), np.float32))
+    assert bound == ["x", "x"]
+
+
 def test_threads_share_a_net(net: OpenvinoNet) -> None:
     """Their shapes are more than are kept."""
     inputs = [np.full((1 + i % (MOST_SHAPES + 2), 4), i, np.float32) for i in range(60)]
