@@ -26,7 +26,7 @@ SCENES = held_out_scenes()[:20]
 STEPS, END = 20, 200
 GUIDANCE = 3.0
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def pipe() -> Any:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    made: Any = StableDiffusionPipeline.from_pretrained(CHECKPOINT, safety_checker=None)
+    made: Any = StableDiffusionPipeline.from_pretrained(CHECKPOINT, safety_checker=None, dtype=torch.float32)
     made.scheduler = DPMSolverMultistepScheduler.from_config(made.scheduler.config)
     made.set_progress_bar_config(disable=True)
     return made
@@ -79,6 +79,16 @@ def draw(pipe: Any, steps: int) -> Drawn:
     return Drawn(latents=latents.numpy(), pictures=pictures.numpy(), operations=counted.get_total_flops())
 
 
+@pytest.fixture(scope="module")
+def end(pipe: Any) -> Drawn:
+    return draw(pipe, END)
+
+
+@pytest.fixture(scope="module")
+def plain(pipe: Any) -> Drawn:
+    return draw(pipe, STEPS)
+
+
 @contextmanager
 def reused(pipe: Any, interval: int) -> Iterator[None]:
     """One step in `interval` runs all blocks."""
@@ -92,8 +102,7 @@ def reused(pipe: Any, interval: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("interval", [2, 3, 5])
-def test_fewer_steps_at_the_same_cost_are_nearer(pipe: Any, interval: int) -> None:
-    end, plain = draw(pipe, END), draw(pipe, STEPS)
+def test_fewer_steps_at_the_same_cost_are_nearer(pipe: Any, end: Drawn, plain: Drawn, interval: int) -> None:
     with reused(pipe, interval):
         found = draw(pipe, STEPS)
     cost = found.operations / plain.operations
