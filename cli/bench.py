@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -166,7 +167,7 @@ def _show(options: Mapping[str, Any], measure: _Measure, *, name: str | None = N
         ",".join(Path(part).name if "/" in part else part for part in word.split(","))
         for word in sys.argv[1:]
     ]
-    settings = {**found.settings, "command": " ".join(["latentrt", *words])}
+    settings = {**found.settings, "command": shlex.join(["latentrt", *words])}
     model = found.model if name is None else {**found.model, "name": name}
     document = replace(found, model=model, settings=settings)
     if out:

@@ -239,7 +239,7 @@ class _Request:
             if array.nbytes > _SMALL:
                 self._bind(name, np.require(array, requirements=["C", "W"]))  # copies what is read-only
             elif (own := self._bound.get(name)) is None:
-                self._bind(name, np.array(array))
+                self._bind(name, np.array(array, order="C"))
             else:
                 np.copyto(own, array)
         return self._request.infer(share_outputs=False)

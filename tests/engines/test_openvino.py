@@ -89,8 +89,11 @@ def test_outputs_stay_what_they_were(net: OpenvinoNet) -> None:
 @pytest.mark.parametrize("rows", [2, nets._SMALL], ids=["copied", "bound"])
 def test_an_array_is_read_anew_in_every_call(net: OpenvinoNet, rows: int) -> None:
     """The same array with other values, another array, a view, and one that may not be written to."""
+    turned = np.ones((4, rows), np.float32).T
+    first = net(x=turned)["y"]
+    np.testing.assert_array_equal(first, turned + BIAS)
     x = np.ones((rows, 4), np.float32)
-    first = net(x=x)["y"]
+    np.testing.assert_array_equal(net(x=x)["y"], first)
     x += 1
     second = net(x=x)["y"]
     np.testing.assert_array_equal(first + 1, second)
