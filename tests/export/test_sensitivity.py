@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,18 @@ from latentrt.engines.package import Package
 from latentrt.engines.tolerances import relative_l2
 from latentrt.export.quantised.formats import FORMATS
 from latentrt.export.quantised.inputs import SEEN, drawn_pictures
+from latentrt.export.quantised.ranges import Inputs
 from latentrt.export.quantised.rounding import Rounding
 from latentrt.export.quantised.sensitivity import MOST_SHARE, _Probe, culprits, without_sensitive
 from latentrt.export.quantised.write import plan, write_rounded
 from latentrt.runtime.model import SHIPPED
 
 DEMO = Package.open(SHIPPED["demo"])
-CALLS = [call for picture in drawn_pictures(DEMO, SEEN[:2]) for call in picture.calls]
+
+
+@cache
+def calls() -> list[Inputs]:
+    return [call for picture in drawn_pictures(DEMO, SEEN[:2]) for call in picture.calls]
 
 
 @given(st.lists(st.floats(0, 1), max_size=40), st.floats(0.02, 0.9))
@@ -58,7 +64,7 @@ def rounding() -> Rounding:
     """Every place is rounded, as if none were sensitive."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("latentrt.export.quantised.write.without_sensitive", lambda *four: four[2])
-        return plan(DEMO, FORMATS["int8"], CALLS)
+        return plan(DEMO, FORMATS["int8"], calls())
 
 
 def alone(rounding: Rounding, name: str, folder: Path) -> float:
@@ -67,25 +73,25 @@ def alone(rounding: Rounding, name: str, folder: Path) -> float:
     divided = {key: factor for key, factor in rounding.divided.items() if key == name}
     one = replace(rounding, places=places, data={name: rounding.data[name]}, divided=divided)
     session = open_as_written(write_rounded(DEMO, folder, one), "unet")
-    found = [session.run(["prediction"], dict(call))[0] for call in CALLS[:3]]
+    found = [session.run(["prediction"], dict(call))[0] for call in calls()[:3]]
     return relative_l2(np.stack(found), np.stack(wanted()))
 
 
 def wanted() -> list[np.ndarray]:
     session = open_as_written(DEMO, "unet")
-    return [session.run(["prediction"], dict(call))[0] for call in CALLS[:3]]
+    return [session.run(["prediction"], dict(call))[0] for call in calls()[:3]]
 
 
 def test_what_is_left_out_is_what_packages_with_one_rounded_place_say(
     rounding: Rounding, tmp_path: Path
 ) -> None:
-    less = without_sensitive(DEMO, "unet", rounding, CALLS[:3])
+    less = without_sensitive(DEMO, "unet", rounding, calls()[:3])
     gone = rounding.data.keys() - less.data.keys()
     assert gone, "the demo's last shortcut"
     assert {place.data for place in less.places} == less.data.keys()
     assert set(less.divided) <= less.data.keys()
     assert len(less.left_out) == len(rounding.left_out) + len(rounding.places) - len(less.places)
-    probe = _Probe(DEMO, "unet", rounding, CALLS[:3])
+    probe = _Probe(DEMO, "unet", rounding, calls()[:3])
     total = probe.error(rounding.data) ** 2
     some = [*gone, *rounding.divided, *list(less.data)[::9]]
     for number, name in enumerate(some):
@@ -100,7 +106,7 @@ def test_smoothed_data_are_probed_as_they_will_be_rounded(rounding: Rounding) ->
     name = next(iter(rounding.divided))
     places = tuple(place for place in rounding.places if place.data == name)
     one = replace(rounding, places=places, data={name: rounding.data[name]})
-    smooth = _Probe(DEMO, "unet", one, CALLS[:1]).error([name])
+    smooth = _Probe(DEMO, "unet", one, calls()[:1]).error([name])
     assert smooth > 0
     rough = replace(one, divided={name: 50 * one.divided[name]})
-    assert _Probe(DEMO, "unet", rough, CALLS[:1]).error([name]) > 10 * smooth
+    assert _Probe(DEMO, "unet", rough, calls()[:1]).error([name]) > 10 * smooth
