@@ -226,7 +226,7 @@ class _Request:
     """An infer request, and the arrays that its inputs are bound to.
 
     A UNet has dozens of inputs, of which the large ones are the same arrays in every step, and the others are
-    small. To bind each of them anew, as `infer(inputs)` does, took a twentieth of the demo's step.
+    small. To bind each of them anew, as `infer(inputs)` does, is felt in the demo's step.
     """
 
     def __init__(self, request: Any) -> None:

@@ -24,7 +24,7 @@ SEEN = (
     "masterpiece, best quality, an old city by the sea at dawn, sharp focus, " * 4,
     "",
 )
-# What is compared on. One picture alone says little: of the same package they are 25 to 40 dB.
+# What is compared on. One picture alone says little: of one package some are ten dB better than others.
 UNSEEN = (
     "a small green heart on a pink background, oil on canvas",
     "a large red square on a white background",

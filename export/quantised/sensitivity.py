@@ -1,8 +1,8 @@
 """Which data of a net are not rounded, because most of the error of its output would come from them.
 
-How far rounding takes data says nothing of what becomes of that: in the demo the shortcut of the last block
-made nine tenths of the squared error of the UNet. So data are rounded inside the graph, a group of them at a
-time, and the net's output is looked at; groups that matter are halved.
+How far rounding takes data says nothing of what becomes of that: in the demo most of the error of the UNet
+comes from the shortcut of the last block, whose data are rounded as well as others. So data are rounded
+inside the graph, a group of them at a time, and the net's output is looked at; groups that matter are halved.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def calls() -> list[Inputs]:
     return [call for picture in drawn_pictures(DEMO, SEEN[:2]) for call in picture.calls]
 
 
-@given(st.lists(st.floats(0, 1), max_size=40), st.floats(0.02, 0.9))
+@given(st.lists(st.floats(0, 1).map(lambda error: round(error, 6)), max_size=40), st.floats(0.02, 0.9))
 def test_those_above_the_share_are_found_whatever_the_others_are(errors: list[float], share: float) -> None:
     """The squares of these errors add up."""
     squares = {str(index): error**2 for index, error in enumerate(errors)}
@@ -41,7 +41,7 @@ def test_those_above_the_share_are_found_whatever_the_others_are(errors: list[fl
     found = culprits(list(squares), error_of, share)
     wanted = {name for name, square in squares.items() if square > share * total * (1 + 1e-9)}
     nearly = {name for name, square in squares.items() if square > share * total * (1 - 1e-9)}
-    assert (wanted <= found <= nearly and len(squares) > 1) or not found
+    assert wanted <= found <= nearly if len(squares) > 1 else not found
 
 
 def test_few_runs_find_one_among_many() -> None:
@@ -93,6 +93,7 @@ def test_what_is_left_out_is_what_packages_with_one_rounded_place_say(
     assert len(less.left_out) == len(rounding.left_out) + len(rounding.places) - len(less.places)
     probe = _Probe(DEMO, "unet", rounding, calls()[:3])
     total = probe.error(rounding.data) ** 2
+    assert probe.error(gone) ** 2 > 0.5 * total, "most of the error"
     some = [*gone, *rounding.divided, *list(less.data)[::9]]
     for number, name in enumerate(some):
         (tmp_path / str(number)).mkdir()
