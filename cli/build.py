@@ -254,8 +254,8 @@ def _compete(package: Package, store: EngineStore, *, as_json: bool) -> None:
     found = standing(package, {item.net: item.entry.facts for item in measured})
     if as_json:
         rows = list(map(_record, measured))
-        totals = {"backend": AUTO, "fastest": found.backend, "picture": dict(found.milliseconds)}
-        print(json.dumps({**totals, "nets": rows}))
+        totals = {"fastest": found.name, "backends": dict(found.nets), "picture": dict(found.milliseconds)}
+        print(json.dumps({"backend": AUTO, **totals, "nets": rows}))
         return
     rows = [(item.net, item.entry.facts["milliseconds"]) for item in measured]
     for what, times in (*rows, ("picture", found.milliseconds)):
@@ -265,7 +265,7 @@ def _compete(package: Package, store: EngineStore, *, as_json: bool) -> None:
     for item in measured:
         for name, reason in item.entry.facts["rejected"].items():
             show(f"  {name} is out at {item.net}: {reason}")
-    show(f"auto takes {found.backend} for this model from now on")
+    show(f"auto takes {found.name} for this model from now on")
 
 
 def _record(item: BuiltEngine) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The first is what the others are compared with, and what "auto" takes where nothing was measured.
 HOSTS = tuple(row.name for row in BACKENDS.values() if not row.on_device and not row.approximate)
 _COARSE = tuple(row.name for row in BACKENDS.values() if row.approximate)  # all of them in bfloat16
+_WORTH = 0.01  # the share of a picture's time from which a second library is worth its memory
 _REVISION = 1  # raised when a net of one of them is opened in another way
 
 
@@ -38,21 +39,27 @@ def hosts_of(package: Package) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """The backend that draws a model the fastest, and what a picture takes with each.
+    """What draws a model the fastest, and what a picture takes with each backend.
 
     Attributes:
-        backend: of `hosts_of`.
+        nets: the backend of each net that was measured, of `hosts_of`; more than one where that is worth it.
         milliseconds: by backend, of those that computed every net right: the model's own number of calls of
-            the UNet, with guidance, and the decoder once.
+            the UNet, with guidance, and the decoder once. By `name`, too, where that is several backends.
     """
 
-    backend: str
+    nets: Mapping[str, str]
     milliseconds: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """The backend of what is measured first, the UNet, and of other nets where theirs is another one."""
+        (_, usual), *others = self.nets.items()
+        return ", ".join((usual, *(f"{net} on {name}" for net, name in others if name != usual)))
 
     @property
     def reason(self) -> str:
         """The figures in words."""
-        times = ", ".join(f"{value / 1000:.3g} s with {name}" for name, value in self.milliseconds.items())
+        times = "; ".join(f"{value / 1000:.3g} s with {name}" for name, value in self.milliseconds.items())
         return f"a picture takes {times}"
 
 
@@ -80,7 +87,7 @@ def contest_key(package: Package, net: str, store: EngineStore) -> EngineKey:
 
 
 def fastest_host(package: Package, store: EngineStore | None = None) -> Standing | None:
-    """The backend that draws this model the fastest on this machine; None where that was not measured.
+    """What draws this model the fastest on this machine; None where that was not measured.
 
     Whatever is wrong with the store, nothing is raised. `store` is the user's own unless given.
     """
@@ -104,13 +111,26 @@ def fastest_host(package: Package, store: EngineStore | None = None) -> Standing
 def standing(package: Package, facts: Mapping[str, Mapping[str, Any]]) -> Standing:
     """Add up what was measured of each net (`choice.choice_facts`). Raises KeyError for other facts."""
     calls = {"unet": package.manifest.defaults.num_inference_steps}
-    measured = {net: one["milliseconds"] for net, one in facts.items()}
+    measured = {
+        net: {name: calls.get(net, 1) * float(took) for name, took in one["milliseconds"].items()}
+        for net, one in facts.items()
+    }
     totals = {
-        name: sum(calls.get(net, 1) * float(times[name]) for net, times in measured.items())
+        name: sum(times[name] for times in measured.values())
         for name in hosts_of(package)
         if all(name in times for times in measured.values())
     }
-    most = min(totals.values()) * (1 + MARGIN)
-    return Standing(
-        backend=next(name for name, total in totals.items() if total <= most), milliseconds=totals
-    )
+    single = _first_within_margin(totals)
+    one = Standing(nets=dict.fromkeys(measured, single), milliseconds=totals)
+    best = {net: _first_within_margin(times) for net, times in measured.items()}
+    took = sum(measured[net][name] for net, name in best.items())
+    if took > totals[single] * (1 - _WORTH):
+        return one
+    several = replace(one, nets=best)
+    return replace(several, milliseconds={**totals, several.name: took})
+
+
+def _first_within_margin(times: Mapping[str, float]) -> str:
+    """The first of those, the simplest first, that take as good as no longer than the fastest."""
+    most = min(times.values()) * (1 + MARGIN)
+    return next(name for name, took in times.items() if took <= most)

@@ -33,6 +33,7 @@ from .lowering.files import LoweredGraph, give_weights
 from .lowering.winograd import kernels
 from .session import (
     CPU,
+    LARGE,
     check_boundary,
     library,
     open_session,
@@ -42,14 +43,11 @@ from .session import (
     run_options,
     session_options,
     shrinking_options,
+    spare_memory,
 )
 from .wheels import reinstall_command
 
 CUDA = "CUDAExecutionProvider"
-# Bytes of weights above which a net on the CPU does without the last level of ONNX Runtime's optimisations,
-# the blocked layout of convolutions (NCHWc). It costs a second copy of their weights, and half of the time of
-# opening; docs/design.md has what it is worth in a run.
-_LARGE = 2**30
 _WIDENED = 4  # times as many bytes as stored, at most: fp8 that is computed with in fp32
 _HELD = 2  # times the weights, at most: while a net is opened, or where the next one follows
 _FELT = 2**26  # bytes of weights files from which what loading them leaves behind is worth a look
@@ -107,14 +105,15 @@ class OnnxRuntimeNet:
         self._package, self._lowered = package, lowered
         # Counting reads the graph, which no start shall wait for where a look at the files is enough.
         stored = sum(package.manifest.files[weights].size for weights in file.weights)
-        if _WIDENED * stored > _LARGE and self._weights > _LARGE:
-            options.graph_optimization_level = library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if _WIDENED * stored > LARGE:
+            spare_memory(options, self._weights)
         give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
         changed = give_changes(options, package, name, content)
         content = changed.graph if changed else content
         self._session: Any = open_session(graph, options, [CPU], culprit=name, content=content)
-        if stored > _FELT:
+        self._is_felt = stored > _FELT
+        if self._is_felt:
             give_back_heap()
         # ONNX Runtime reads what it was given where it is, so that must live as long as the session, and a
         # call that still runs may hold the session longer than this net does.
@@ -165,7 +164,10 @@ class OnnxRuntimeNet:
 
     def close(self) -> None:
         """Free the session. May be called twice."""
-        self._session = None
+        if self._session is not None:
+            self._session = None
+            if self._is_felt:
+                give_back_heap()
 
     def __enter__(self) -> OnnxRuntimeNet:
         """The net itself."""

@@ -23,6 +23,10 @@ CPU = "CPUExecutionProvider"
 # external data outside of the graph's folder, be it by `..`, an absolute path or a symbolic link; this names
 # another folder, so nothing is copied or linked. A graph given as bytes has no folder of its own.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# Bytes of weights above which a net on the CPU does without the last level of ONNX Runtime's optimisations,
+# the blocked layout of convolutions (NCHWc). It costs a second copy of their weights, and half of the time of
+# opening; docs/design.md has what it is worth in a run.
+LARGE = 2**30
 _ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -142,6 +146,12 @@ def session_options(threads: int | None) -> Any:
     # Else threads wait busily for a while after a run, and take the cores from the next net's session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+def spare_memory(options: Any, weights: int) -> None:
+    """Have a session on the CPU of so many bytes of weights do without a second copy of some, if large."""
+    if weights > LARGE:
+        options.graph_optimization_level = library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 
 
 def open_session(

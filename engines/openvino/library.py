@@ -28,6 +28,11 @@ def library() -> Any:
     return import_module("openvino")
 
 
+def opset() -> Any:
+    """The functions that make nodes of a graph."""
+    return import_module("openvino.opset13")
+
+
 @cache
 def core() -> Any:
     """What reads and compiles graphs; one for all, which threads may share. It loads each device once."""

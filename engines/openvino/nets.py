@@ -28,13 +28,17 @@ from ..spec import DTYPES, Array, NetSpec, TensorSpec, output_shapes
 from ..spilled import available_bytes, spill
 from ..store.files import default_root
 from .library import HOST, core, library, run_error, version
+from .lowering import constant, lower
 
 F32 = "f32"  # as OpenVINO writes a precision
 MOST_SHAPES = 4  # of a net that are kept compiled, where memory has room for them
 _WHILE_COMPILED = 2  # times its weights is what another shape of a net takes, at most, while it is compiled
-_SMALL = 2**12  # bytes of an input that are sooner copied than bound
+_SMALL = 2**18  # bytes of an input that are sooner copied than bound
 _FELT = 2**26  # bytes of weights from which what compiling leaves behind is worth a look
 _CHECK = "Check the inputs; if they are right, report this with the package's manifest."
+
+
+_Key = tuple[tuple[int, ...], ...]  # the shapes of a net's inputs, in the order of its spec
 
 
 class OpenvinoNet:
@@ -68,7 +72,9 @@ class OpenvinoNet:
         self.spec: NetSpec = package.manifest.nets[name].spec
         self._package = package
         self._settings = _settings(device, thread_count(threads), precision)
-        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], Future[_Compiled]] = OrderedDict()
+        self._dtypes = {item.name: np.dtype(DTYPES[item.dtype]) for item in self.spec.inputs}
+        self._compiled: OrderedDict[_Key, Future[_Compiled]] = OrderedDict()
+        self._latest: tuple[_Key, _Compiled] | None = None  # which needs no lock to be looked at
         self._lock = Lock()
         self._io = 0
         path = package.path(package.manifest.nets[name].graph)
@@ -106,48 +112,49 @@ class OpenvinoNet:
                 expected="an open net",
                 fix="Call it inside its `with` block.",
             )
-        shapes = self._checked(arrays)
-        compiled = self._for_shapes(tuple(shapes[item.name] for item in self.spec.inputs))
+        compiled = self._known(arrays) or self._for_shapes(self._checked(arrays))
         try:
             results = compiled.run(arrays)
         except Exception as error:  # the library's own are all RuntimeError; pybind11 adds others
-            raise run_error(self.name, error, f"with {shapes}") from error
-        self._io = sum(array.nbytes for array in (*arrays.values(), *results.values()))
+            raise run_error(self.name, error, f"with {_shapes(arrays)}") from error
+        self._io = compiled.io
         return results
 
-    def _checked(self, arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    def _known(self, arrays: Mapping[str, Array]) -> _Compiled | None:
+        """What ran last, where the inputs are as its inputs were, so that nothing is wrong with them."""
+        latest = self._latest
+        if latest is None or len(arrays) != len(self._dtypes):
+            return None
+        key, compiled = latest
+        for (name, dtype), shape in zip(self._dtypes.items(), key, strict=True):
+            array = arrays.get(name)
+            if array is None or array.shape != shape or array.dtype is not dtype:
+                return None
+        return compiled
+
+    def _checked(self, arrays: Mapping[str, Array]) -> _Key:
         """The shapes of inputs that the net takes. Raises BackendError for all others."""
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if self._known(arrays):
-            return shapes
-        dtypes = {item.name: np.dtype(DTYPES[item.dtype]) for item in self.spec.inputs}
+        shapes = _shapes(arrays)
         try:
             output_shapes(self.spec, shapes)
             for name, array in arrays.items():
-                if array.dtype != dtypes[name]:
-                    raise UsageError(f"{name} is {array.dtype}", expected=str(dtypes[name]), fix=_CHECK)
+                if array.dtype != self._dtypes[name]:
+                    expected = str(self._dtypes[name])
+                    raise UsageError(f"{name} is {array.dtype}", expected=expected, fix=_CHECK)
         except UsageError as error:
             raise BackendError(
                 f"the net {self.name!r} failed on {shapes}: {error.found}",
                 expected=error.expected,
                 fix=_CHECK,
             ) from error
-        return shapes
+        return tuple(shapes[name] for name in self._dtypes)
 
-    def _known(self, arrays: Mapping[str, Array]) -> bool:
-        """Whether it is compiled for the inputs, so that nothing is wrong with them."""
-        key = tuple(arrays[item.name].shape for item in self.spec.inputs if item.name in arrays)
-        return (
-            key in self._compiled
-            and len(arrays) == len(self.spec.inputs)
-            and all(arrays[item.name].dtype == DTYPES[item.dtype] for item in self.spec.inputs)
-        )
-
-    def _for_shapes(self, key: tuple[tuple[int, ...], ...]) -> _Compiled:
+    def _for_shapes(self, key: _Key) -> _Compiled:
         """The net compiled for the shapes of its inputs. Others who ask for them meanwhile wait for it."""
         with self._lock:
             mine = None if key in self._compiled else Future[_Compiled]()
             if mine is not None:
+                self._latest = None
                 self._make_room()
                 self._compiled[key] = mine
             self._compiled.move_to_end(key)
@@ -159,7 +166,11 @@ class OpenvinoNet:
                 with self._lock:
                     self._compiled.pop(key, None)
                 mine.set_exception(error)
-        return found.result()
+        compiled = found.result()
+        with self._lock:
+            if key in self._compiled:
+                self._latest = key, compiled
+        return compiled
 
     def _make_room(self) -> None:
         """Forget the shapes used longest ago, as many as are too many or do not leave memory for another.
@@ -175,7 +186,7 @@ class OpenvinoNet:
         available = available_bytes()
         return available is not None and available < _WHILE_COMPILED * self._weights
 
-    def _compile(self, key: tuple[tuple[int, ...], ...]) -> _Compiled:
+    def _compile(self, key: _Key) -> _Compiled:
         model = self._model
         shapes = dict(zip((item.name for item in self.spec.inputs), key, strict=True))
         try:
@@ -191,8 +202,12 @@ class OpenvinoNet:
     def close(self) -> None:
         """Free everything; what another thread runs is freed behind it. May be called twice."""
         with self._lock:
+            used = bool(self._compiled)
             self._compiled.clear()
+            self._latest = None
         self._model = None
+        if used and self._weights > _FELT:
+            give_back_heap()
 
     def __enter__(self) -> OpenvinoNet:
         """The net itself."""
@@ -203,13 +218,20 @@ class OpenvinoNet:
         self.close()
 
 
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
 class _Compiled:
     """A net compiled for one shape of each input, and the infer requests that no call is using."""
 
     def __init__(self, compiled: Any, outputs: list[str], weights_of: Any) -> None:
-        self._compiled, self._outputs = compiled, outputs
+        self._compiled = compiled
+        names: list[set[str]] = [port.get_names() for port in compiled.outputs]
+        self._outputs = {name: next(i for i, one in enumerate(names) if name in one) for name in outputs}
         self._weights_of = weights_of  # biases are read where they lie
         self._idle: list[Any] = []
+        self.io = 0  # bytes of the inputs and outputs of a run, once there was one
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Inputs are read where they lie; outputs are copies, which no later run overwrites."""
@@ -217,37 +239,45 @@ class _Compiled:
             request = self._idle.pop()
         except IndexError:  # all are in use
             request = _Request(self._compiled.create_infer_request())
-        results = request.run(arrays)
+        found = request.run(arrays)
         self._idle.append(request)
-        return {name: results[name] for name in self._outputs}
+        results = {name: found[index] for name, index in self._outputs.items()}
+        self.io = self.io or sum(array.nbytes for array in (*arrays.values(), *results.values()))
+        return results
 
 
 class _Request:
     """An infer request, and the arrays that its inputs are bound to.
 
-    A UNet has dozens of inputs, of which the large ones are the same arrays in every step, and the others are
-    small. To bind each of them anew, as `infer(inputs)` does, is felt in the demo's step.
+    To bind dozens of inputs anew in every step, as `infer(inputs)` does, is felt in the demo's step. Most are
+    the same arrays as in the step before, and stay bound. The latent and what follows from the timestep are
+    others each time: from the second time on they are copied into arrays that stay bound.
     """
 
     def __init__(self, request: Any) -> None:
         self._request = request
         self._bound: dict[str, Array] = {}
+        self._changed = set[str]()  # those that were bound anew in the last run
+        self._copied = set[str]()
 
-    def run(self, arrays: Mapping[str, Array]) -> Any:
-        """Run once; the outputs by name, copies."""
+    def run(self, arrays: Mapping[str, Array]) -> tuple[Array, ...]:
+        """Run once; the outputs in their order, copies."""
         for name, array in arrays.items():
-            if array.nbytes > _SMALL:
-                self._bind(name, np.require(array, requirements=["C", "W"]))  # copies what is read-only
-            elif (own := self._bound.get(name)) is None:
+            if self._bound.get(name) is array:
+                self._changed.discard(name)
+            elif name in self._copied:
+                self._bound[name][...] = array
+            elif name in self._changed and array.nbytes <= _SMALL:
+                self._copied.add(name)
                 self._bind(name, np.array(array, order="C"))
             else:
-                np.copyto(own, array)
-        return self._request.infer(share_outputs=False)
+                self._changed.add(name)
+                self._bind(name, np.require(array, requirements=["C", "W"]))  # copies what is read-only
+        return self._request.infer(share_outputs=False).to_tuple()
 
     def _bind(self, name: str, values: Array) -> None:
-        if self._bound.get(name) is not values:
-            self._request.set_tensor(name, library().Tensor(values, shared_memory=True))
-            self._bound[name] = values
+        self._request.set_tensor(name, library().Tensor(values, shared_memory=True))
+        self._bound[name] = values
 
 
 def _settings(device: str, threads: int, precision: str) -> dict[str, Any]:
@@ -264,15 +294,20 @@ def _settings(device: str, threads: int, precision: str) -> dict[str, Any]:
 
 def _read(package: Package, name: str, path: Path) -> Any:
     """The graph of a net, with its weights as constants that have no copy. Raises as `OpenvinoNet`."""
-    given = given_graph(package, name)
+    given, weights = given_graph(package, name), dict[str, Array]()
     try:
         _let_go_of_memory(given.values, engine_bytes(package, name))
         model = core().read_model(given.graph)
         for parameter in model.get_parameters():
             label = next(iter(parameter.output(0).names & given.values.keys()), None)
             if label is not None:
-                parameter.output(0).replace(_constant(given.values.pop(label)).output(0))
+                # A copy is made of what its file does not align.
+                array: Array = np.require(given.values.pop(label), requirements=["C", "A", "W"])
+                made = constant(array)
+                weights[made.get_friendly_name()] = array
+                parameter.output(0).replace(made.output(0))
                 model.remove_parameter(parameter)
+        lower(model, weights)
         return model
     except Exception as error:  # its frontend raises RuntimeError, and classes of its own that derive from it
         raise PackageError(
@@ -290,12 +325,6 @@ def _let_go_of_memory(values: dict[str, Array], weights: int) -> None:
         made = {name: value for name, value in values.items() if not isinstance(value, np.memmap)}
         spill(made, default_root())
         values |= made
-
-
-def _constant(value: Array) -> Any:
-    """A constant that reads an array where it lies, and keeps it."""
-    array: Array = np.require(value, requirements=["C", "A", "W"])  # copies what its file does not align
-    return library().op.Constant(array, shared_memory=True)
 
 
 def _check_boundary(model: Any, spec: NetSpec, path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...engines.onnxruntime.lowering.files import give_weights, read_graph
-from ...engines.onnxruntime.session import CPU, open_session, run_error, session_options
+from ...engines.onnxruntime.lowering.files import open_changed, read_graph
+from ...engines.onnxruntime.session import run_error
 from ...engines.package import Package
 from ...engines.spec import Array
 from .places import Place
@@ -51,16 +51,10 @@ def measure_ranges(
         MemoryLimitError: the net does not fit.
         BackendError: an input is not the net's.
     """
-    import onnx_ir
-
     model = read_graph(package, net)
     wanted = {place.data: place.operator for place in places}
     _probe(model, wanted)
-    options = session_options(None)
-    give_weights(options, package, net)
-    path = package.path(package.manifest.nets[net].graph)
-    content = cast(Any, onnx_ir).to_proto(model).SerializeToString()
-    session: Any = open_session(path, options, [CPU], culprit=net, content=content)
+    session = open_changed(package, net, model)
     names = [output.name for output in session.get_outputs()]
     found: dict[str, list[Array]] = {name: [] for name in names}
     for feeds in inputs:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...engines.onnxruntime.lowering.files import give_weights, read_graph
-from ...engines.onnxruntime.session import CPU, open_session, session_options
+from ...engines.onnxruntime.lowering.files import open_changed, read_graph
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import relative_l2
@@ -78,17 +77,11 @@ class _Probe:
     """A net whose data are rounded or not, as a number for each says that is one of its inputs."""
 
     def __init__(self, package: Package, net: str, rounding: Rounding, calls: Sequence[Inputs]) -> None:
-        import onnx_ir
-
         self._calls = calls
         self._off = {_switch(name): np.zeros((), np.float32) for name in rounding.data}
         model = read_graph(package, net)
         _round_by_switches(model, rounding)
-        options = session_options(None)
-        give_weights(options, package, net)
-        content = cast(Any, onnx_ir).to_proto(model).SerializeToString()
-        path = package.path(package.manifest.nets[net].graph)
-        self._session: Any = open_session(path, options, [CPU], culprit=net, content=content)
+        self._session = open_changed(package, net, model)
         self._output = model.graph.outputs[0].name
         self._wanted = self._run({})
 

@@ -13,6 +13,7 @@ import numpy as np
 from ...checkpoints.graphs.weights import WEIGHTS
 from ...checkpoints.stages import OnProgress, stages
 from ...engines.errors import NumericError, UsageError
+from ...engines.heap import give_back_heap
 from ...engines.net_weights import net_tensors, weight_values
 from ...engines.onnxruntime.lowering.files import open_as_written, read_graph
 from ...engines.package import Package, write_manifest
@@ -157,6 +158,7 @@ def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding
     model = read_graph(package, "unet")
     places = find_places(model, format_.operators)
     ranges = measure_ranges(package, "unet", places, calls) if format_.rounds_data else {}
+    give_back_heap()  # each step opens the UNet anew: 10 GB of SDXL's
     stored, folder = net_tensors(package, "unet"), package.weights_folder("unet")
     weights = {place.weight: weight_values(stored[place.weight], folder) for place in places}
     normalised = {
@@ -168,7 +170,9 @@ def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding
     if not rounding.data:
         return rounding
     (small,) = drawn_pictures(package, SEEN[:1], cells=PROBED_CELLS)
-    return without_sensitive(package, "unet", rounding, small.calls[::2])
+    rounding = without_sensitive(package, "unet", rounding, small.calls[::2])
+    give_back_heap()
+    return rounding
 
 
 class _Writing:

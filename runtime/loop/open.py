@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...engines.backend import AdaptingBackend, Backend, DeviceBackend, HostBackend, Place, choose_backend
-from ...engines.backends import BACKENDS
 from ...engines.device import Device
 from ...engines.errors import BackendError
 from ...engines.installed import latentrt_version
@@ -72,16 +71,17 @@ def _measured(
     if name != "onnxruntime":
         return name, engine
     from ...engines.contest.fastest import fastest_host
+    from ...engines.contest.mixed import backend_of
 
     found = fastest_host(package)
-    if found is None or found.backend == name or found.backend in refused:
+    if found is None or found.name == name or found.name in refused:
         return name, engine
-    other: Backend = BACKENDS[found.backend].load()
+    other: Backend = backend_of(found.nets)
     if why := other.refusal():
-        _LOG.warning("%s was measured to be faster and cannot run any more: %s", found.backend, why.found)
+        _LOG.warning("%s was measured to be faster and cannot run any more: %s", found.name, why.found)
         return name, engine
-    _LOG.info("auto takes %s in place of %s: %s, as was measured here", found.backend, name, found.reason)
-    return found.backend, other
+    _LOG.info("auto takes %s in place of %s: %s, as was measured here", found.name, name, found.reason)
+    return found.name, other
 
 
 def _open(

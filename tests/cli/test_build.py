@@ -225,6 +225,7 @@ def test_the_fastest_backend_is_told_and_remembered(latentrt: Any) -> None:
     assert (code, err, found["fastest"]) == (0, "", "openvino")
     assert [(one["net"], one["cached"]) for one in found["nets"]] == [("unet", True), ("vae_decoder", True)]
     assert found["picture"].keys() == {"onnxruntime", "openvino"}
+    assert found["backends"] == {"unet": "openvino", "vae_decoder": "openvino"}
 
 
 @pytest.mark.usefixtures("measured")

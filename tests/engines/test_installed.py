@@ -107,7 +107,9 @@ def test_what_only_lies_on_the_path_draws_too(monkeypatch: pytest.MonkeyPatch) -
     def unknown(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("importlib.metadata.version", unknown)
-    with Pipeline.open("demo", backend="onnxruntime") as pipe:
+    with monkeypatch.context() as patched, Pipeline.open("demo", backend="onnxruntime") as pipe:
+        patched.setattr("importlib.metadata.version", unknown)
+        latentrt_version.cache_clear()
         result = pipe("a red circle", num_inference_steps=2, height=64, width=64)
-    assert result.producer["latentrt"] == latentrt_version() == "unknown"
+        assert result.producer["latentrt"] == latentrt_version() == "unknown"
+    latentrt_version.cache_clear()

@@ -122,9 +122,18 @@ def test_what_stays_is_bound_once(net: OpenvinoNet, monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         net(x=large)
     assert bound == ["x"]
-    for _ in range(3):
+    for _ in range(4):
         net(x=np.ones((3, 4), np.float32))
-    assert bound == ["x", "x"]
+    assert bound == ["x"] * 3, "the second time in a row it is copied, and the copy stays bound"
+    same = np.ones((5, 4), np.float32)
+    for _ in range(3):
+        net(x=same)
+        net(x=same)
+        same = np.ones((5, 4), np.float32)
+    assert bound == ["x"] * 6, "what stays for two calls has no copy"
+    for _ in range(3):
+        net(x=large.copy())
+    assert bound == ["x"] * 9, "large ones are never copied"
 
 
 def test_threads_share_a_net(net: OpenvinoNet) -> None:

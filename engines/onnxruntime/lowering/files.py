@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
+from ...net_weights import engine_bytes
 from ...package import Package
-from ..session import CPU, WEIGHTS_FOLDER, library, open_session, session_options
+from ..session import CPU, WEIGHTS_FOLDER, library, open_session, session_options, spare_memory
 from .winograd import Kernel
 
 if TYPE_CHECKING:
@@ -78,6 +79,23 @@ def give_weights(options: Any, package: Package, net: str) -> None:
     """Let a session of `options` find a net's weights, wherever its graph and they are."""
     if package.manifest.nets[net].weights:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(package.weights_folder(net)))
+
+
+def open_changed(package: Package, net: str, model: ir.Model) -> Any:
+    """A session on the CPU of a graph that was made of a net's, and names that one's weights.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph.
+        MemoryLimitError: its weights do not fit.
+    """
+    import onnx_ir
+
+    options = session_options(None)
+    spare_memory(options, engine_bytes(package, net))
+    give_weights(options, package, net)
+    path = package.path(package.manifest.nets[net].graph)
+    content = cast(Any, onnx_ir).to_proto(model).SerializeToString()
+    return open_session(path, options, [CPU], culprit=net, content=content)
 
 
 def open_as_written(package: Package, net: str) -> Any:
