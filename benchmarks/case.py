@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.package import Manifest, Package
-from ..engines.spec import Array, has_time_of_each_row, no_extra_embeddings, shape_of
+from ..engines.spec import TEXT_ENCODERS, Array, has_time_of_each_row, no_extra_embeddings, shape_of
 from ..runtime.prompts.tokenizer import ClipTokenizer
 from ..runtime.request.request import latent_shape, make_request
 from ..runtime.sampling.noise import NoiseSource
@@ -98,17 +98,19 @@ def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
     """The inputs of one call of a net, float32 where they are floats; never zeros, the same for every side.
 
     Returns:
-        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first; and where the net
-            asks for them, `clip_skip` (1,) int32, none, and `extra_embeddings` (1, D), which no id reads.
+        text_encoder, text_encoder_2: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first; and
+            where the net asks for them, `clip_skip` (1,) int32, none, and `extra_embeddings` (1, D), which no
+            id reads.
         unet: `latent` (B, C, H/8, W/8), `timestep` (1,), `context` (B, T, D); and where the UNet asks for
             them, `image_latents` (B, C', H/8, W/8) and vectors (B, width) by name.
         vae_decoder: `latent` (N, C, H/8, W/8), in the units of the UNet (before the scaling factor).
     """
     manifest, random = package.manifest, np.random.default_rng(case.seed)
     spec, latent = manifest.net(workload).spec, latent_shape(manifest, case.height, case.width)
-    if workload == "text_encoder":
+    if workload in TEXT_ENCODERS:
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        ids = _tokenizer(package.root / "tokenizer").encode(texts, length=manifest.max_tokens).ids
+        tokenizer = _tokenizer(package.root / TEXT_ENCODERS[workload])
+        ids = tokenizer.encode(texts, length=manifest.max_tokens).ids
         asked = {item.name for item in spec.inputs}
         skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {}
         return {"input_ids": ids, **skip, **no_extra_embeddings(spec)}

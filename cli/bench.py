@@ -307,6 +307,7 @@ def quantised(call: Call) -> _Measure:
     from ..benchmarks.sides.contract import OF_ONE_VERB, OURS, REFERENCES, ROUNDED_PEERS, SIDES
     from ..benchmarks.verbs.quantised import WORKLOADS, Inputs, measure_quantised, modes_of
     from ..engines.package import Package
+    from ..engines.spec import TEXT_ENCODERS
     from ..runtime.model import SHIPPED
 
     options = call.options
@@ -322,9 +323,10 @@ def quantised(call: Call) -> _Measure:
         listed(options["peers"], [name for name in SIDES if name not in own]),
         file=options["file"],
     )
+    usual = [name for name in WORKLOADS if name not in TEXT_ENCODERS or name in call.package.manifest.nets]
     inputs = Inputs(
         case=call.case(),
-        workloads=listed(options["workloads"], WORKLOADS) or WORKLOADS,
+        workloads=tuple(listed(options["workloads"], WORKLOADS) or usual),
         prompts=options["prompts"],
     )
     return partial(measure_quantised, call.package, modes, inputs, pace=call.pace())

@@ -8,7 +8,7 @@ from .. import words
 from ..records import Document, Row
 from ..sides.contract import OURS
 from ..verbs.memory import PEAK
-from ..verbs.quantised import RIGHT, WORKLOADS
+from ..verbs.quantised import APART, RIGHT, WORKLOADS
 from .cells import command_of, ratio_cell, table_row
 from .reading import against, figure, summary
 
@@ -30,6 +30,7 @@ def quantised_table(document: Document) -> str:
             lines.append(table_row(_cells(document, side, timed, judged=judged)))
     case = words.case(next(row.case for row in document.rows if row.case))
     of = next((f"; right: of {row.figures['count']}" for row in document.select(RIGHT)), "")
+    of += "; sides were open one at a time, in turns" if document.settings.get("open") == APART else ""
     return "\n".join([*lines, "", f"Reproduce: `{command_of(document)}`; {case}; {_EXPLAINED}{of}."])
 
 

@@ -5,6 +5,7 @@ library is imported by `open_side`, not before.
 
     workload       outputs, the same from every side
     text_encoder   context (P, T, D) float
+    text_encoder_2   the same of SDXL's second one, and the pooled embedding (P, D)
     invariants     none: what a side computes once per prompt and schedule; only ours has it
     unet           prediction (B, C, H/8, W/8) float, before guidance
     update         latent (N, C, H/8, W/8) float after several steps: everything of a step of the loop but the
@@ -30,7 +31,7 @@ from ...engines.backends import BACKENDS
 from ...engines.errors import BackendError, UsageError
 from ...engines.installed import install_command
 from ...engines.package import Package
-from ...engines.spec import Array
+from ...engines.spec import TEXT_ENCODERS, Array
 from ...runtime.model import Note, open_model
 from ..case import WORKLOADS, Case
 
@@ -199,7 +200,8 @@ class OpenSide:
 
 def makers_of(workloads: object) -> dict[str, Make]:
     """The methods that are called like a workload."""
-    return {name: getattr(workloads, name) for name in WORKLOADS if hasattr(workloads, name)}
+    names = dict.fromkeys((*WORKLOADS, *TEXT_ENCODERS))
+    return {name: getattr(workloads, name) for name in names if hasattr(workloads, name)}
 
 
 class Side(Protocol):

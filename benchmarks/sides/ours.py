@@ -76,8 +76,14 @@ class _OnHost:
         self._dtype = DTYPES[loop.nets["unet"].spec.inputs[0].dtype]
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe.package, "text_encoder", case)
-        return Work(call=lambda: self._loop.nets["text_encoder"](**inputs))
+        return self._one_net("text_encoder", case)
+
+    def text_encoder_2(self, case: Case, stack: ExitStack) -> Work:
+        return self._one_net("text_encoder_2", case)
+
+    def _one_net(self, name: str, case: Case) -> Work:
+        inputs, net = inputs_of(self._pipe.package, name, case), self._loop.net(name)
+        return Work(call=lambda: net(**inputs))
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
         latent = narrow(inputs_of(self._pipe.package, "vae_decoder", case)["latent"], self._dtype)

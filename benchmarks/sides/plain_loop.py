@@ -148,7 +148,13 @@ class _PlainLoop:
         return self._latest[name][1]
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs, net = inputs_of(self._package, "text_encoder", case), self._net("text_encoder", case)
+        return self._one_net("text_encoder", case)
+
+    def text_encoder_2(self, case: Case, stack: ExitStack) -> Work:
+        return self._one_net("text_encoder_2", case)
+
+    def _one_net(self, name: str, case: Case) -> Work:
+        inputs, net = inputs_of(self._package, name, case), self._net(name, case)
         return Work(call=lambda: net(inputs))
 
     def unet(self, case: Case, stack: ExitStack) -> Work:

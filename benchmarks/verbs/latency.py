@@ -13,7 +13,7 @@ import numpy as np
 from ...engines.errors import MemoryLimitError
 from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
-from ...engines.spec import Array
+from ...engines.spec import TEXT_ENCODERS, Array
 from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ...runtime import doctor
 from ..case import NETS, WORKLOADS, Case
@@ -96,7 +96,7 @@ def check_memory(task: Task, count: int, *, besides: int = 0) -> None:
 
 def weights_of(package: Package) -> int:
     """Bytes of the weights that draw a picture, at the width of the arithmetic."""
-    return sum(engine_bytes(package, net) for net in NETS)
+    return sum(engine_bytes(package, net) for net in {*NETS, *TEXT_ENCODERS} & package.manifest.nets.keys())
 
 
 def measure_latency(

@@ -16,7 +16,7 @@ from typing import Any
 from ...demo.checker import score
 from ...demo.shapes import held_out_scenes
 from ...engines.backends import BACKENDS
-from ...engines.errors import UsageError
+from ...engines.errors import MemoryLimitError, UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import (
@@ -47,9 +47,10 @@ from .latency import (
 from .memory import NO_PROC, PEAK
 from .steps import draw
 
-WORKLOADS = ("text_encoder", "unet", "vae_decoder", "picture")
+WORKLOADS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "picture")
 RIGHT = "right pictures"  # of the demo model's held-out prompts, by its checker
 _ANOTHER = 0.5  # relative L2: beyond it, another net was computed, or another prompt's picture
+AT_ONCE, APART = "at once", "one at a time"  # how sides are open, in a document's settings
 MOST_LOST = 0.01  # of the share of right pictures
 FILE_READERS = (DIFFUSERS, *(name for name in ROUNDED_PEERS if name.startswith("sdcpp")))
 
@@ -167,23 +168,57 @@ def measure_quantised(
 ) -> Document:
     """Rows of every workload and side, which take turns; of each side's peak; and of right pictures.
 
-    Sides are open at once. Memory is looked at when all of them have done everything; a peer that rounds
-    while it is opened, or a library that reads a checkpoint, has that in its peak, too.
+    Sides are open at once, or where they do not fit the memory so, one at a time. Memory is looked at when a
+    side has done everything; a peer that rounds while it is opened, or a library that reads a checkpoint, has
+    that in its peak, too.
 
     Raises:
         SideError: ours as it was cannot be opened.
-        MemoryLimitError: all sides at once take more memory than there is.
+        MemoryLimitError: one side alone takes more memory than there is.
     """
-    _check_room(package, modes)
+    try:
+        _check_room(package, modes)
+        opened = AT_ONCE
+    except MemoryLimitError:
+        for mode in modes:
+            _check_room(package, [mode])
+        opened = APART
+    rows = (_at_once if opened == AT_ONCE else _apart)(modes, inputs, pace, progress)
+    rows += _right(modes, inputs, progress)
+    settings = {"workloads": list(inputs.workloads), "sides": [mode.side for mode in modes], "open": opened}
+    return document_of("quantised", package, modes[0].task, rows, settings)
+
+
+def _at_once(modes: Sequence[Mode], inputs: Inputs, pace: Pace, progress: Progress) -> list[Row]:
+    """Rows of sides that are open beside each other, and take turns run by run."""
     run = _Run(inputs=inputs, pace=pace, progress=progress)
-    with ExitStack() as stack:
-        run.open(modes, stack)
-        for workload in inputs.workloads:
-            run.measure(workload)
-        run.rows += run.peaks()
-    run.rows += _right(modes, inputs, progress)
-    settings = {"workloads": list(inputs.workloads), "sides": [mode.side for mode in modes]}
-    return document_of("quantised", package, modes[0].task, run.rows, settings)
+    run.do_everything(modes)
+    return run.rows
+
+
+def _apart(modes: Sequence[Mode], inputs: Inputs, pace: Pace, progress: Progress) -> list[Row]:
+    """Rows of sides each of which is opened as often as there are rounds; who fails has no other turn."""
+    each = replace(pace, runs=1, rounds=1, least=1, budget=0.0)
+    wanted: dict[str, Mapping[str, Array]] = {}
+    rows: dict[tuple[str, str], Row] = {}
+    failed = set[str]()
+    for number in range(pace.least):
+        for mode in modes if number % 2 == 0 else reversed(modes):
+            if mode.side in failed:
+                continue
+            progress(f"round {number + 1} of {pace.least}")
+            run = _Run(inputs=inputs, pace=each, progress=progress, wanted=wanted)
+            run.do_everything([mode])
+            for row in run.rows:
+                before = rows.get((row.side, row.workload))
+                rows[row.side, row.workload] = _joined(before, row) if before else row
+            failed |= {row.side for row in run.rows if row.status != "ok"}
+    return list(rows.values())
+
+
+def _joined(first: Row, second: Row) -> Row:
+    """One row of two openings' rounds; what failed has none."""
+    return replace(first, rounds=first.rounds + second.rounds) if second.status == "ok" else second
 
 
 def _check_room(package: Package, modes: Sequence[Mode]) -> None:
@@ -202,13 +237,22 @@ def _check_room(package: Package, modes: Sequence[Mode]) -> None:
 
 @dataclass(kw_only=True)
 class _Run:
-    """The processes, and what they found."""
+    """The processes, and what they found; `wanted` is what ours as it was put out, by workload."""
 
     inputs: Inputs
     pace: Pace
     progress: Progress
+    wanted: dict[str, Mapping[str, Array]] = field(default_factory=dict[str, Mapping[str, Array]])
     sides: dict[str, tuple[Mode, SideProcess]] = field(default_factory=dict[str, tuple[Mode, SideProcess]])
     rows: list[Row] = field(default_factory=list[Row])
+
+    def do_everything(self, modes: Sequence[Mode]) -> None:
+        """Open these sides, measure every workload, look at their memory, and close them."""
+        with ExitStack() as stack:
+            self.open(modes, stack)
+            for workload in self.inputs.workloads:
+                self.measure(workload)
+            self.rows += self.peaks()
 
     def open(self, modes: Sequence[Mode], stack: ExitStack) -> None:
         """Every side that can be opened, and a row for each other one.
@@ -231,14 +275,15 @@ class _Run:
     def measure(self, workload: str) -> None:
         """Every side's row of a workload, ours as it was first: others are compared with it."""
         ready: dict[Slot, dict[str, Any]] = {}
-        wanted: Mapping[str, Array] = {}
         for mode, side in sorted(self.sides.values(), key=lambda pair: pair[0].side != OURS):
             self.progress(f"{workload}: {mode.side} gets ready")
             slot = Slot(side=side, slot=mode.side, workload=workload, case=self.inputs.case)
             try:
                 seconds, outputs = slot.prepare()
-                wanted = outputs if mode.side == OURS else wanted
-                ready[slot] = {"first_s": seconds, **_likeness(mode, outputs, wanted)}
+                if mode.side == OURS:
+                    self.wanted[workload] = outputs
+                likeness = _likeness(mode, outputs, self.wanted.get(workload, {}))
+                ready[slot] = {"first_s": seconds, **likeness}
             except SideError as error:
                 self.rows.append(slot.row(Turns(status=error.status, reason=error.reason)))
         first = {slot.name: float(figures["first_s"]) for slot, figures in ready.items()}

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ...engines.backend import Net
+from ...engines.device import MemoryLedger
+from ...engines.errors import BackendError
+from ...engines.onnxruntime.backend import ONNXRUNTIME
 from ...engines.package import Package
-from ...engines.spec import Array
+from ...engines.spec import Array, NetSpec
+from ...runtime.loop.denoise import HostLoop
 from ...runtime.loop.job import UNetCall
 from ...runtime.pipeline import Pipeline
 from .ranges import Inputs
@@ -62,14 +67,14 @@ def drawn_pictures(
         name: min(getattr(manifest.defaults, name) // scale, cells) * scale for name in ("width", "height")
     }
     asked = {"num_inference_steps": STEPS, "output_type": "np", **size}
-    with Pipeline.open(package.root, backend="onnxruntime") as pipe:
+    backend = ONNXRUNTIME if predict is None else _Answering(predict)
+    with Pipeline.over(package, HostLoop(package, backend, None), backend.describe()) as pipe:
         return tuple(
-            _draw(pipe, {**asked, "prompt": prompt, "seed": PROMPTS.index(prompt)}, predict)
-            for prompt in prompts
+            _draw(pipe, {**asked, "prompt": prompt, "seed": PROMPTS.index(prompt)}) for prompt in prompts
         )
 
 
-def _draw(pipe: Pipeline, values: Mapping[str, Any], predict: Predict | None) -> Drawn:
+def _draw(pipe: Pipeline, values: Mapping[str, Any]) -> Drawn:
     calls: list[Inputs] = []
     turns = pipe.shared(values)
     while True:
@@ -80,4 +85,40 @@ def _draw(pipe: Pipeline, values: Mapping[str, Any], predict: Predict | None) ->
         if isinstance(item, UNetCall):
             feeds = {name: np.array(value) for name, value in item.inputs.items()}
             calls.append(feeds)
-            item.answer(predict(feeds) if predict else item.run(**item.inputs)["prediction"])
+            item.answer(item.run(**feeds)["prediction"])
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """ONNX Runtime's backend but for the UNet, which is not opened: `predict` answers in its place."""
+
+    predict: Predict
+
+    def refusal(self) -> BackendError | None:
+        return ONNXRUNTIME.refusal()
+
+    def describe(self) -> str:
+        return ONNXRUNTIME.describe()
+
+    def open_net(self, package: Package, name: str, *, threads: int | None = None) -> Net:
+        if name == "unet":
+            return _Answered(package.manifest.nets[name].spec, self.predict)
+        return ONNXRUNTIME.open_net(package, name, threads=threads)
+
+
+@dataclass
+class _Answered:
+    """A net that another function computes."""
+
+    spec: NetSpec
+    predict: Predict
+
+    @property
+    def memory(self) -> MemoryLedger:
+        return MemoryLedger(weights=0, activations=None, io=0)
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        return {self.spec.outputs[0].name: self.predict(arrays)}
+
+    def close(self) -> None:
+        """Free nothing."""

@@ -266,6 +266,7 @@ def compare(package: Package, rounded: Package) -> tuple[float, float]:
     wanted: list[Array] = []
     before = drawn_pictures(package, UNSEEN, predict=_kept(_as_it_stands(package), wanted))
     calls = [call for picture in before for call in picture.calls]
+    give_back_heap()
     predict = _as_it_stands(rounded)
     found = [predict(feeds) for feeds in calls]
     after = drawn_pictures(rounded, UNSEEN, predict=predict)

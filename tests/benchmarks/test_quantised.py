@@ -7,7 +7,7 @@ stable-diffusion.cpp, which opens no model this small, only what it is asked is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from latentrt.benchmarks.models import rounded as making
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.quantised_table import quantised_table
+from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides import contract, openvino_loop
 from latentrt.benchmarks.sides.contract import OURS, ROUNDED_PEERS, NotAvailableError, Task
 from latentrt.benchmarks.verbs import latency, quantised
@@ -169,14 +170,23 @@ MODES = (
 MODES = (replace(MODES[0], side=OURS), *MODES[1:])
 
 
+def room(package: Package, modes: Sequence[Mode]) -> None:
+    """There is room for all."""
+
+
 def measured(
-    made: MadeUp, monkeypatch: pytest.MonkeyPatch, inputs: Inputs | None = None, resident: int = 3
+    made: MadeUp,
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: Inputs | None = None,
+    resident: int = 3,
+    room: Callable[[Package, Sequence[Mode]], None] = room,
+    pace: Pace = QUICK,
 ) -> Document:
     monkeypatch.setattr(quantised, "SideProcess", made)
     monkeypatch.setattr(quantised, "resident_bytes", lambda pid: (resident // 2, resident))
-    monkeypatch.setattr(quantised, "_check_room", lambda package, modes: None)
+    monkeypatch.setattr(quantised, "_check_room", room)
     inputs = inputs or Inputs(case=CASE, workloads=("unet",))
-    return measure_quantised(PACKAGE, MODES, inputs, pace=QUICK)
+    return measure_quantised(PACKAGE, MODES, inputs, pace=pace)
 
 
 def row_of(document: Document, workload: str, side: str) -> Row:
@@ -230,8 +240,46 @@ def test_what_does_not_fit_is_not_begun(rounded: Package, monkeypatch: pytest.Mo
     assert asked == [(2, int(1.6 * narrow) + int(0.8 * whole))]
     monkeypatch.undo()
     monkeypatch.setattr(latency.doctor, "memory", lambda: {"available": 1000, "limit": None})
-    with pytest.raises(MemoryLimitError, match="at once take about"):
+    with pytest.raises(MemoryLimitError, match="1 sides of demo at once take about"):
         measure_quantised(PACKAGE, modes, Inputs(case=CASE), pace=QUICK)
+
+
+def no_room_for_two(package: Package, modes: Sequence[Mode]) -> None:
+    if len(modes) > 1:
+        raise MemoryLimitError("too much", expected="less", fix="Measure fewer.")
+
+
+def test_sides_that_do_not_fit_beside_each_other_are_open_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MadeUp({OURS: {"prediction": NET}, "ours int8": off(0.02), "openvino-nncf": off(0.9)})
+    inputs = Inputs(case=CASE, workloads=("unet",))
+    document = measured(made, monkeypatch, inputs, room=no_room_for_two, pace=replace(QUICK, least=3))
+    first = [OURS, "ours int8", "openvino-nncf"]
+    assert made.opened == [*first, "ours int8", OURS, OURS, "ours int8"], "who failed has no other turn"
+    assert document.settings["open"] == "one at a time"
+    row = row_of(document, "unet", "ours int8")
+    assert row.rounds == ((2.0, 2.0),) * 3
+    assert row.figures["relative_l2"] == pytest.approx(0.02, rel=1e-3)
+    assert row_of(document, PEAK, OURS).rounds == ((3.0,),) * 3
+    assert row_of(document, "unet", "openvino-nncf").status == "FAILED"
+    table = quantised_table(document)
+    assert "sides were open one at a time, in turns" in table
+    assert "| ours int8 | 2.00 s | 1.00× [1.00, 1.00] | 2.0e-02 | 3.00 B |" in table
+
+
+def test_who_does_not_open_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MadeUp({OURS: {"prediction": NET}, "ours int8": off(0.02), "openvino-nncf": off(0)})
+
+    class Once(MadeUp):
+        def __call__(self, name: str, module: str, task: Task) -> MadeUp:
+            if name == "ours int8" and name in self.opened:
+                raise SideError("FAILED", "no memory")
+            return super().__call__(name, module, task)
+
+    once = Once(**vars(made))
+    inputs = Inputs(case=CASE, workloads=("unet",))
+    document = measured(once, monkeypatch, inputs, room=no_room_for_two, pace=replace(QUICK, least=2))
+    assert row_of(document, "open", "ours int8").reason == "no memory"
+    assert row_of(document, "unet", "openvino-nncf").rounds == ((2.0, 2.0),) * 2
 
 
 @pytest.mark.parametrize(("right", "status"), [(100, "ok"), (99, "ok"), (98, "FAILED")])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...errors import BackendError, PackageError
 from ...net_weights import engine_bytes
 from ...package import Package
-from ..session import CPU, WEIGHTS_FOLDER, library, open_session, session_options, spare_memory
+from ..session import CPU, LARGE, WEIGHTS_FOLDER, library, open_session, session_options, spare_memory
 from .winograd import Kernel
 
 if TYPE_CHECKING:
@@ -107,5 +107,7 @@ def open_as_written(package: Package, net: str) -> Any:
     """
     options = session_options(None)
     options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Weights are widened in every run, and an arena would keep more room than they take.
+    options.enable_cpu_mem_arena = engine_bytes(package, net) <= LARGE
     give_weights(options, package, net)
     return open_session(package.path(package.manifest.nets[net].graph), options, [CPU], culprit=net)
