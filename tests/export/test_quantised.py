@@ -20,6 +20,7 @@ from latentrt import Pipeline
 from latentrt.cli import app
 from latentrt.engines.errors import AdapterError, BackendError, NumericError, UsageError
 from latentrt.engines.net_weights import net_tensors, weight_values
+from latentrt.engines.onnxruntime.backend import OnnxRuntimeBackend
 from latentrt.engines.onnxruntime.lowering.files import read_graph
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.package import Manifest, Package
@@ -366,13 +367,24 @@ def test_what_is_too_far_off_is_not_offered(
     assert list(tmp_path.iterdir()) == [], "nothing is left of it"
 
 
-def test_pictures_are_drawn_with_who_answers(pictures: tuple[Drawn, ...]) -> None:
-    """The whole pipeline draws the same, and another answer is another picture."""
+def test_pictures_are_drawn_with_who_answers(
+    pictures: tuple[Drawn, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole pipeline draws the same, and another answer is another picture, for which no UNet opens."""
     with Pipeline.open("demo", backend="onnxruntime") as pipe:
         made = pipe(PROMPTS[-1], seed=len(PROMPTS) - 1, num_inference_steps=6, output_type="np")
     np.testing.assert_array_equal(made.images, pictures[-1].image)
+    opened: list[str] = []
+    real = OnnxRuntimeBackend.open_net
+
+    def watched(self: Any, package: Package, name: str, **options: Any) -> Any:
+        opened.append(name)
+        return real(self, package, name, **options)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_net", watched)
     (grey,) = drawn_pictures(DEMO, PROMPTS[-1:], predict=lambda feeds: np.zeros_like(feeds["latent"]))
     assert decibels(grey.image, pictures[-1].image) < 20
+    assert sorted(opened) == ["text_encoder", "unet_context", "unet_time", "vae_decoder"]
 
 
 def test_decibels_of_one_shade() -> None:
