@@ -92,10 +92,11 @@ def workload(name: str) -> str:
 
 
 def model(document: Document) -> str:
-    """`sd15 (SD 1.x, fp32)`."""
+    """`sd15 (SD 1.x, fp32)`, `sd15 (SD 1.x, fp32, UNet in int8)`."""
     facts = document.model
     family = facts.get("family", "")
-    inside = ", ".join(filter(None, (_FAMILIES.get(family, family), facts.get("dtype"))))
+    rounded = f"UNet in {facts['format']}" if "format" in facts else ""
+    inside = ", ".join(filter(None, (_FAMILIES.get(family, family), facts.get("dtype"), rounded)))
     name = facts.get("name", "unnamed model")
     return f"{name} ({inside})" if inside else name
 

@@ -143,6 +143,7 @@ def describe_model(package: Package) -> dict[str, Any]:
     files = {name for net in manifest.nets.values() for name in net.weights}
     weights = {name: package.path(name).stat().st_size for name in sorted(files)}
     facts = {"name": manifest.name, "family": manifest.family, "dtype": manifest.dtype}
+    facts |= {"format": manifest.quantised["format"]} if manifest.quantised else {}
     return {**facts, "weights_bytes": weights}
 
 

@@ -154,7 +154,18 @@ def _checked(package: Package, name: str) -> Format:
 
 
 def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding:
-    """What to round of a package's UNet, by ranges measured on these calls."""
+    """What to round of a package's UNet: by ranges measured on these calls, and by what its output says."""
+    rounding = plan_by_ranges(package, format_, calls)
+    if not rounding.data:
+        return rounding
+    (small,) = drawn_pictures(package, SEEN[:1], cells=PROBED_CELLS)
+    rounding = without_sensitive(package, "unet", rounding, small.calls[::2])
+    give_back_heap()
+    return rounding
+
+
+def plan_by_ranges(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding:
+    """What to round of a package's UNet, by ranges measured on these calls alone."""
     model = read_graph(package, "unet")
     places = find_places(model, format_.operators)
     ranges = measure_ranges(package, "unet", places, calls) if format_.rounds_data else {}
@@ -166,13 +177,7 @@ def plan(package: Package, format_: Format, calls: Sequence[Inputs]) -> Rounding
         for node in model.graph
         if node.op_type == "LayerNormalization"
     }
-    rounding = plan_rounding(format_, places, ranges, weights, normalised)
-    if not rounding.data:
-        return rounding
-    (small,) = drawn_pictures(package, SEEN[:1], cells=PROBED_CELLS)
-    rounding = without_sensitive(package, "unet", rounding, small.calls[::2])
-    give_back_heap()
-    return rounding
+    return plan_rounding(format_, places, ranges, weights, normalised)
 
 
 class _Writing:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from latentrt.benchmarks import words
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.models import rounded as making
 from latentrt.benchmarks.process import SideError
@@ -434,3 +435,19 @@ def test_packages_of_random_weights_are_written_also_below_the_bars(
     assert modes_of(PACKAGE, TASK, [(made, "openvino")])[1].told
     with pytest.raises(UsageError, match="is a package already"):
         making.main([str(PACKAGE.root), str(tmp_path / "int8")])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_packages_for_building_are_rounded_by_ranges_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "without_sensitive", None)
+    monkeypatch.setattr(write, "compare", None)
+    making.main([str(PACKAGE.root), str(tmp_path / name), "--to", name, "--by-ranges"])
+    made = Package.open(tmp_path / name)
+    made.verify()
+    facts = made.manifest.quantised
+    assert (facts["format"], facts["weights"]) == (name, making.RANDOM)
+    assert "relative_l2" not in facts, "nothing was compared"
+    document = Document(benchmark="build", model=latency.describe_model(made), settings={}, rows=())
+    assert words.model(document) == f"demo (SD 1.x, fp32, UNet in {name})"
