@@ -147,8 +147,15 @@ def _guidance_schema(manifest: "Manifest") -> dict[str, Any]:
     return {"type": ["number", "array"], **number, "items": {"type": "number", **number}, "minItems": 1}
 
 
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r:.40} is no list of numbers with commas between them") from None
+
+
 def _read_guidance(text: str) -> float | list[float]:
-    found = [float(part) for part in text.split(",")]
+    found = _floats(text)
     return found[0] if len(found) == 1 else found
 
 
@@ -216,7 +223,7 @@ def levels(least: int) -> Kind:
 
     return Kind(
         check=check,
-        read=lambda text: [float(part) for part in text.split(",")],
+        read=_floats,
         metavar="N,N…",
         schema=lambda manifest: {"type": "array", "items": {"type": "number"}, "minItems": least},
     )
@@ -419,7 +426,7 @@ GUIDANCE = Kind(check=_check_guidance, read=_read_guidance, metavar="N[,N…]", 
 # (start, end) as shares of the run.
 INTERVAL = Kind(
     check=_check_interval,
-    read=lambda text: [float(part) for part in text.split(",")],
+    read=_floats,
     metavar="START,END",
     schema=lambda manifest: {
         "type": "array",

@@ -115,7 +115,7 @@ def _check_order(name: str, values: Sequence[float], highest: float) -> None:
         raise SamplerError(
             f"custom {name} {list(values)}",
             expected=f"finite numbers from {highest:g} down to 0, each below the one before",
-            fix="Sort them, largest first.",
+            fix="Pass each once, the largest first, and none beyond these.",
         )
 
 

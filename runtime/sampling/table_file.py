@@ -36,7 +36,7 @@ def read_table(source: Any) -> Table:
             raise _fault(path.name, f"has {path.stat().st_size} bytes", f"at most {_MOST_BYTES}")
         values = json.loads(path.read_bytes())
     except OSError as error:
-        raise _fault(path.name, f"cannot be read: {error.strerror or error}", "a file of JSON") from error
+        raise _fault(str(path), f"cannot be read: {error.strerror or error}", "a file of JSON") from error
     except (ValueError, RecursionError) as error:
         raise _fault(path.name, f"holds no JSON: {error}", "one object") from error
     return parse_table(values, path.name)

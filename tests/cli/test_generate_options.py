@@ -627,6 +627,26 @@ def test_adapters_that_are_not_there(
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--timesteps", ""], "'' is no list of numbers with commas between them"),
+        (["--sigmas", "14,x"], "'14,x' is no list of numbers with commas between them"),
+        (["--guidance-interval", "0-1"], "'0-1' is no list of numbers with commas between them"),
+        (["--table", "."], "the table '.' cannot be read: "),
+        (["--sampler", "euler", "--sigmas", "3,0,0"], "Pass each once, the largest first"),
+    ],
+)
+def test_steps_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert said in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_file_that_was_moved_is_given_with_the_strength_that_it_had(
     monkeypatch: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
