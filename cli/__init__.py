@@ -99,9 +99,10 @@ class _StoppedBySignalError(CancelledError):
 
 def _later(timers: list[Timer], seconds: float, number: int) -> None:
     """Send a signal again, unless its timer is cancelled."""
-    timers.append(Timer(seconds, os.kill, (os.getpid(), number)))
-    timers[-1].daemon = True
-    timers[-1].start()
+    timer = Timer(seconds, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+    timers.append(timer)
 
 
 @contextmanager
@@ -126,8 +127,11 @@ def _stoppable() -> Generator[None]:
     try:
         yield
     finally:
+        for number in before if again else ():  # one that is being sent again ends nobody behind the block
+            signal.signal(number, signal.SIG_IGN)
         for timer in again:
             timer.cancel()
+            timer.join()
         sys.unraisablehook = plain
         for number, handler in before.items():
             signal.signal(number, handler)

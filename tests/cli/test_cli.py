@@ -359,3 +359,31 @@ def test_a_signal_that_meets_a_finaliser_is_not_lost() -> None:
 
     with pytest.raises(cli._StoppedError, match="SIGTERM"):  # pyright: ignore[reportPrivateUsage]
         meets()
+
+
+SENT_AGAIN = """
+import os, signal, time
+from latentrt import cli
+
+def slowly(pid, number, kill=os.kill):
+    time.sleep(0.5)
+    kill(pid, number)
+
+cli._LOST_S, cli.os.kill = 0.0, slowly
+before = signal.getsignal(signal.SIGTERM)
+try:
+    with cli._stoppable():
+        signal.raise_signal(signal.SIGTERM)
+except cli._StoppedError:
+    assert signal.getsignal(signal.SIGTERM) is before
+    time.sleep(1)
+    print("alive")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_signal_that_is_sent_again_ends_nobody_behind_the_block() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SENT_AGAIN], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
