@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 
-@cache  # reading it takes a millisecond, and every picture has it in its record
+@cache  # it reads a file, and every picture has it in its record
 def latentrt_version() -> str:
     """latentrt's version; "unknown" where it only lies on the path, as in a zip or a bare checkout."""
     from importlib.metadata import PackageNotFoundError, version

@@ -499,7 +499,7 @@ def _cold_start(document: Document) -> Lines:
 
 
 def _build(document: Document) -> Lines:
-    """All nets together."""
+    """All nets together; one alone says which it is, and is no row of the short table."""
     nets = [row for row in document.select(side=OURS) if row.workload != TOGETHER]
     good = f"{sum(row.status == 'ok' for row in nets)} of {len(nets)} nets"
     for row in document.select(TOGETHER, OURS):
@@ -507,7 +507,7 @@ def _build(document: Document) -> Lines:
         if row.figures:
             peak, size = row.figures["peak_rss_gb"] * 1e9, row.figures["engine_mb"] * 1e6
             result += f", peak {words.amount(peak, 'B')}, engines {words.amount(size, 'B')}"
-        yield "build of the engines", result
+        yield "build of the engines" if len(nets) > 1 else f"engine of {nets[0].workload} alone", result
 
 
 def _export(document: Document) -> Lines:

@@ -2,8 +2,8 @@
 
 A transformer's feed-forward layer multiplies into two halves, of which one gates the other (GEGLU, Shazeer
 2020, arXiv 2002.05202, section 2). The graph has one product and splits it, as the weights are stored.
-OpenVINO copies each half then, with one thread: in the demo's UNet that takes a thirtieth of the step. Two
-products of half the rows write what is needed where it is needed.
+OpenVINO copies each half then, with one thread. Two products of half the rows write what is needed where it
+is needed.
 """
 
 from __future__ import annotations

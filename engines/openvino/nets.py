@@ -37,7 +37,6 @@ _SMALL = 2**18  # bytes of an input that are sooner copied than bound
 _FELT = 2**26  # bytes of weights from which what compiling leaves behind is worth a look
 _CHECK = "Check the inputs; if they are right, report this with the package's manifest."
 
-
 _Key = tuple[tuple[int, ...], ...]  # the shapes of a net's inputs, in the order of its spec
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.records import Document, read_document
+from latentrt.benchmarks.records import Document, Row, read_document
+from latentrt.benchmarks.report.reading import Result
+from latentrt.benchmarks.report.tables import full_tables, short_table
+from latentrt.benchmarks.sides.contract import OURS
 from latentrt.benchmarks.verbs import build as build_time
 from latentrt.benchmarks.verbs import cold_start
-from latentrt.benchmarks.verbs.build import Builds, measure_build
+from latentrt.benchmarks.verbs.build import TOGETHER, Builds, measure_build
 from latentrt.benchmarks.verbs.cold_start import PARTS, measure_cold_start
 from latentrt.engines.errors import EngineError, UsageError
 from latentrt.engines.net_weights import engine_bytes
@@ -22,6 +25,24 @@ from latentrt.engines.profiles import Profile
 from tests.benchmarks.stand_in_side import PACKAGE, TASK
 
 NETS = ("unet_context", "unet_time")
+
+
+def test_one_net_alone_is_no_row_of_the_short_table() -> None:
+    stamp = {"cpu": "x", "cores": 2}
+    figures = {"peak_rss_gb": 1.0, "engine_mb": 5.0}
+    row = Row(side=OURS, workload="unet", rounds=((2.0,),), figures=figures, stamp=stamp)
+    together = replace(row, workload=TOGETHER)
+
+    def tables(*nets: Row) -> tuple[str, str]:
+        document = Document(benchmark="build", model={"name": "m"}, settings={}, rows=(*nets, together))
+        results = [Result(name="build-m", digest="", document=document)]
+        return full_tables(results, {}), short_table(results)
+
+    whole, short = tables(row)
+    assert "| engine of unet alone | 1 of 1 nets in 2.00 s, peak 1.00 GB, engines 5.00 MB |" in whole
+    assert "engine" not in short
+    whole, short = tables(row, replace(row, workload="vae_decoder"))
+    assert all("build of the engines | 2 of 2 nets in 2.00 s" in table for table in (whole, short))
 
 
 def test_two_nets_by_tensorrt_rtx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

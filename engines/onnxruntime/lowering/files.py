@@ -107,7 +107,7 @@ def open_as_written(package: Package, net: str) -> Any:
     """
     options = session_options(None)
     options.graph_optimization_level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
-    # Weights are widened in every run, and an arena would keep more room than they take.
+    # Weights are widened in every run: no arena keeps what that takes behind it.
     options.enable_cpu_mem_arena = engine_bytes(package, net) <= LARGE
     give_weights(options, package, net)
     return open_session(package.path(package.manifest.nets[net].graph), options, [CPU], culprit=net)
