@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# In groups, begun in the order of tests/conftest.py.
-PARALLEL = ["-n", "auto", "--dist", "loadgroup", "--no-loadscope-reorder"]
+# In groups, begun in the order of tests/conftest.py. Behind a process that dies, xdist would hang at the end.
+PARALLEL = ["-n", "auto", "--dist", "loadgroup", "--no-loadscope-reorder", "--max-worker-restart", "0"]
 
 
 def main(arguments: list[str]) -> int:
