@@ -10,13 +10,10 @@ import atexit
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from threading import Timer
 from traceback import format_exception
-from types import FrameType
 from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import typer
@@ -35,6 +32,7 @@ from .opened import models
 from .quantise import quantise
 from .serve import serve
 from .shown import tell
+from .signals import StoppedError, stoppable
 from .streams import ReaderGoneError, standard_streams
 
 app = typer.Typer(
@@ -81,60 +79,11 @@ for verb in (
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 
-_LOST_S = 5.0  # after a signal: who has not stopped by then has lost it
 _READER_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
-class _StoppedError(BaseException):
-    """A signal asked to stop. No Exception, so that nobody who wraps a library's errors takes it for one."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 class _StoppedBySignalError(CancelledError):
-    """The same as an error for the user."""
-
-
-def _later(timers: list[Timer], seconds: float, number: int) -> None:
-    """Send a signal again, unless its timer is cancelled."""
-    timer = Timer(seconds, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
-    timers.append(timer)
-
-
-@contextmanager
-def _stoppable() -> Generator[None]:
-    """Let SIGINT and SIGTERM unwind the block, so that what it was writing is cleaned up."""
-
-    again: list[Timer] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        _later(again, _LOST_S, number)  # a library may take the error for one of its own
-        raise _StoppedError(number)
-
-    def lost(ignored: Any) -> None:
-        """Python drops what is raised in a finaliser or a callback of C, wherever the signal met it."""
-        if isinstance(ignored.exc_value, _StoppedError):
-            _later(again, 0.01, ignored.exc_value.number)
-        else:
-            plain(ignored)
-
-    plain, sys.unraisablehook = sys.unraisablehook, lost
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number in before if again else ():  # one that is being sent again ends nobody behind the block
-            signal.signal(number, signal.SIG_IGN)
-        for timer in again:
-            timer.cancel()
-            timer.join()
-        sys.unraisablehook = plain
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """A StoppedError as an error for the user."""
 
 
 def main() -> None:
@@ -166,10 +115,10 @@ def _leave(code: int) -> NoReturn:
 def _run() -> int:
     """Run the verb; what click says of the words of a command becomes a UsageError. Raises LatentrtError."""
     try:
-        with _stoppable():
+        with stoppable():
             code = app(prog_name="latentrt", standalone_mode=False)
             sys.stdout.flush()
-    except _StoppedError as stopped:
+    except StoppedError as stopped:
         raise _StoppedBySignalError(
             f"stopped by {stopped}", expected="to be left to finish", fix="Run it again to start over."
         ) from None
