@@ -82,9 +82,9 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def items(value: Any) -> list[Any] | None:
-    """The items of a list, a tuple or an array; None for anything else."""
+    """The items of a list, a tuple, a range or an array; None for anything else."""
     plain = value.tolist() if hasattr(value, "tolist") else value
-    return list(cast(Any, plain)) if isinstance(plain, (list, tuple)) else None
+    return list(cast(Any, plain)) if isinstance(plain, (list, tuple, range)) else None
 
 
 def _check_pair(name: str, value: Any, low: int) -> tuple[int, int]:

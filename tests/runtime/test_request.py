@@ -80,6 +80,7 @@ def test_another_name_is_answered_with_the_right_one(parameters: dict[str, Any],
 
 def test_timesteps_and_sigmas_set_the_number_of_steps() -> None:
     assert make_request(MANIFEST, "a", timesteps=[900, 500, 100]).num_inference_steps == 3
+    assert make_request(MANIFEST, "a", timesteps=range(900, 0, -100)).num_inference_steps == 9
     request = make_request(MANIFEST, "a", sigmas=np.array([10.0, 1.0, 0.0]))
     assert (request.num_inference_steps, request.sigmas) == (2, (10.0, 1.0, 0.0))
 

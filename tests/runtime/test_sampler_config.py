@@ -196,8 +196,8 @@ def test_latent_models_do_not_clip_unless_they_say_so() -> None:
         ("DPM adaptive", {}, "chooses its steps"),
         ("Restart", {}, "more than one noise"),
         ("DDIM CFG++", {}, "unconditional"),
-        ("DDIM Karras", {}, "ddim has no sigma_schedule"),
-        ("LCM SGM Uniform", {}, "lcm has no timestep_spacing"),
+        ("DDIM Karras", {}, "ddim takes no other sigmas than its own"),
+        ("LCM SGM Uniform", {}, "lcm takes no other spacing than its own"),
         (
             {"_class_name": "DPMSolverSinglestepScheduler", "algorithm_type": "sde-dpmsolver++"},
             {},

@@ -59,7 +59,7 @@ def test_every_sampler_with_a_schedule_visits_the_list(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT))
 def test_samplers_with_steps_of_their_own_have_no_list(name: str) -> None:
-    with pytest.raises(SamplerError, match=f"{name} has no step_list"):
+    with pytest.raises(SamplerError, match=f"{name} takes no other steps than its own"):
         resolve(f"{name} ays", SD, "ays_sd")
 
 
