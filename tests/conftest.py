@@ -3,9 +3,11 @@
 And what tests of several folders take: fixtures, which import what they need when they are used.
 """
 
+import atexit
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ _GROUPS = {
     "parity of SDXL": ("test_parity_sdxl.py", "test_parity_few_steps.py"),
     "parity of SD": ("test_parity.py", "test_parity_pictures.py"),
 }
+
+# What was measured on this machine, and what its user has opened, has no say in the tests, and hears of none.
+os.environ["LATENTRT_CACHE"] = tempfile.mkdtemp(prefix="latentrt-tests-")
+atexit.register(shutil.rmtree, os.environ["LATENTRT_CACHE"], ignore_errors=True)
 
 # torch's threads sleep while they wait for each other: where another program ran on their cores, spinning
 # made some tests take three times as long.
