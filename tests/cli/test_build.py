@@ -18,8 +18,7 @@ from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime.nets import cuda_available
 from latentrt.engines.openvino import library as openvino_library
 from latentrt.engines.tensorrt.flavour import flavour
-from latentrt.engines.tuning import runs
-from tests.engines.test_contest import FASTER, Opener
+from tests.engines.test_contest import FASTER, Opener, time_sleepers
 
 QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
 
@@ -207,7 +206,7 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_opened(latentrt
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO's nets take a tenth of ONNX Runtime's, whose layouts take no time to measure."""
     pytest.importorskip("openvino")
-    monkeypatch.setattr(runs, "LONG", 0.0)
+    time_sleepers(monkeypatch)
     monkeypatch.setattr(hosts, "measure_hosts", partial(measure_hosts, rounds=1, opened=Opener(**FASTER)))
     monkeypatch.setattr(BackendRow, "tune_package", lambda _: lambda *_: ())
 

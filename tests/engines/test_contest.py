@@ -74,6 +74,12 @@ class Opener:
         return self.opened[-1]
 
 
+def time_sleepers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take one sample of each net, by the clock above."""
+    monkeypatch.setattr(runs, "LONG", 0.0)
+    monkeypatch.setattr(runs, "time", CLOCK)
+
+
 FASTER = {"onnxruntime": (30, 1.0), "openvino": (3, 1.0)}
 
 
@@ -81,8 +87,7 @@ FASTER = {"onnxruntime": (30, 1.0), "openvino": (3, 1.0)}
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
     """The user's own."""
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "store"))
-    monkeypatch.setattr(runs, "LONG", 0.0)
-    monkeypatch.setattr(runs, "time", CLOCK)
+    time_sleepers(monkeypatch)
     return EngineStore()
 
 
