@@ -37,7 +37,7 @@ _PRODUCERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """A net to trace: of an architecture, for all that have the same key."""
 
     name: str
@@ -67,7 +67,7 @@ def make_archive(
     jobs = tuple(_jobs(architectures, defaults))
     context = get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        make = partial(_template, dtypes=dtypes)
+        make = partial(trace_template, dtypes=dtypes)
         made: Iterable[Template] = map(make, jobs) if processes == 1 else pool.map(make, jobs)
         templates: list[Template] = []
         for job, template in zip(jobs, made, strict=True):
@@ -78,7 +78,7 @@ def make_archive(
     write_archive(path, templates, defaults=defaults, producer=producer)
 
 
-def _jobs(architectures: Mapping[str, Architecture], defaults: Defaults) -> Iterator[_Job]:
+def _jobs(architectures: Mapping[str, Architecture], defaults: Defaults) -> Iterator[Job]:
     """Each net once, of those with one key and one config: two may have one key and other tensors."""
     seen: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for name, architecture in architectures.items():
@@ -88,10 +88,11 @@ def _jobs(architectures: Mapping[str, Architecture], defaults: Defaults) -> Iter
             told = key, architecture.parts[NETS[component].part]
             if told not in seen:
                 seen.append(told)
-                yield _Job(name=name, architecture=architecture, component=component, key=key)
+                yield Job(name=name, architecture=architecture, component=component, key=key)
 
 
-def _template(job: _Job, dtypes: Sequence[Dtype]) -> Template:
+def trace_template(job: Job, dtypes: Sequence[Dtype]) -> Template:
+    """Trace a net in each of these types."""
     graphs: dict[str, Graph] = {}
     digests: set[str] = set()
     for dtype in dtypes:

@@ -23,11 +23,11 @@ from PIL import Image
 
 from latentrt.checkpoints.files.tokenizers import write_clip_tokenizer
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from tests.checkpoints.odd_files import LAYOUTS, OTHER_VAE, VISIONS, WORDS, modules, recipe_of, stored, write
 from tests.export.ldm_files import PUBLISHED
 from tests.parity_pair import PROMPTS, blob, photo
 from tests.recipes import IMAGE_NOISE, PROCESSOR, TINY_VAE
+from tests.traced_graphs import make_archive
 
 CLIP_WORDS = 49408
 H, W = 40, 56

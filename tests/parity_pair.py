@@ -13,7 +13,8 @@ from PIL import Image
 
 from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
-from tests.recipes import RECIPES, make_checkpoint
+from tests.recipes import RECIPES, architecture, make_checkpoint
+from tests.traced_graphs import make_archive
 
 # dB. Random weights answer weakly to their conditions: a wrong crop or picture still leaves 45 to 49.
 BAR = 60.0
@@ -58,7 +59,11 @@ def exported(factory: pytest.TempPathFactory, recipe: str) -> Path:
             older = recipe == "tiny1"
             stored = torch.float16 if older else torch.float32
             make_checkpoint(RECIPES[recipe], folder / "checkpoint", dtype=stored, old_names=older)
-            export_package(folder / "checkpoint", folder / "package", dtype="fp32", verify=False)
+            graphs = folder / "graphs.zip"
+            make_archive(graphs, {recipe: architecture(RECIPES[recipe])}, dtypes=["fp32"])
+            export_package(
+                folder / "checkpoint", folder / "package", dtype="fp32", verify=False, templates=graphs
+            )
     return folder
 
 

@@ -25,6 +25,7 @@ from latentrt.benchmarks.models.recipes import (
     vae,
     xl,
 )
+from latentrt.export.architectures import Architecture
 
 # Of unCLIP's noise on embeddings.
 IMAGE_NOISE: dict[str, Any] = {
@@ -191,6 +192,22 @@ RECIPES: Mapping[str, Recipe] = {
     "xl-levels-tiny": _LEVELS_XL,
     **FAMILIES,
 }
+
+
+def architecture(recipe: Recipe) -> Architecture:
+    """What templates of its graphs are made of."""
+    parts: dict[str, Mapping[str, Any]] = {
+        "unet": {"_class_name": "UNet2DConditionModel", **recipe.unet},
+        "vae": {"_class_name": "AutoencoderKL", **recipe.vae},
+    }
+    for part, config in (("text_encoder", recipe.text), ("text_encoder_2", recipe.text_2)):
+        if config:
+            parts[part] = config
+    if isinstance(recipe, UnclipRecipe):
+        width = recipe.vision["projection_dim"]
+        parts |= {"image_encoder": recipe.vision, "image_normalizer": {"embedding_dim": width}}
+    return Architecture(parts=parts, feature_extractor=PROCESSOR)
+
 
 # The config of an AutoencoderTiny as TAESD's, but for the levels: as many as the tiny recipes have.
 TINY_VAE: dict[str, Any] = {

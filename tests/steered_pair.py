@@ -11,9 +11,9 @@ from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.package import Package
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
 from tests.parity_pair import Pair
+from tests.traced_graphs import make_archive
 
 SEEN = 40.0  # dB: a picture that is as far from another is another one
 

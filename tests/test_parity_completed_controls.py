@@ -17,12 +17,12 @@ from latentrt.checkpoints import opened
 from latentrt.checkpoints.files.tokenizers import write_clip_tokenizer
 from latentrt.engines.package import MANIFEST
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from tests.checkpoints.conftest import SMALL, small_modules, write_lora, write_small
 from tests.checkpoints.controls.control_files import to_cldm
 from tests.checkpoints.controls.test_with_base import control_lora
 from tests.export.ldm_files import PUBLISHED, Tensors
 from tests.parity_pair import BAR, drawn, ours, photo, psnr
+from tests.traced_graphs import make_archive
 
 SIZE = {"height": 48, "width": 64}
 FAST: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 5.0, **SIZE}

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from latentrt.checkpoints.files.net_reads import net_tensors
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from tests.export.ldm_files import Recipe, build, one_file, text, unet, vae
+from tests.traced_graphs import make_archive
 
 # The whole vocabulary of CLIP, so that it draws real prompts.
 SMALL = Recipe(

@@ -55,7 +55,7 @@ def test_every_bit_pattern_is_judged_as_torch_does(tmp_path: Path, stored: torch
     fits = wide.isfinite() & (wide.abs() <= torch.finfo(getattr(torch, dtype)).max)
     found = part(tmp_path, **{f"w{i}": number.clone() for i, number in enumerate(numbers)})
     check(found, [f"w{i}" for i in range(len(numbers)) if fits[i]], dtype)
-    for i in [int(i) for i in np.flatnonzero(~fits.numpy())][::5]:
+    for i in [int(i) for i in np.flatnonzero(~fits.numpy())][::17]:
         what = "NaN or infinite" if not wide[i].isfinite() else "values up to"
         with pytest.raises(CheckpointError, match=f"'w{i}' has .*{what}"):
             check(found, [f"w{i}"], dtype)

@@ -162,7 +162,9 @@ def unet(*, levels: list[str], **more: Any) -> Any:
     return net.eval()
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize(
+    "name", ["without a middle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd15", "ssd-1b"))]
+)
 def test_unets_of_other_depths(name: str, tmp_path: Path) -> None:
     net = unet(**UNETS[name])
     whole = spec.unet_whole(channels=4, width=24, float_dtype="float32")

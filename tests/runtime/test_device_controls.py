@@ -17,7 +17,6 @@ from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from latentrt.runtime.loop.device.loop import _need, _RememberedPlan
 from latentrt.runtime.loop.device.memory_fallback import MemoryPlan
 from latentrt.runtime.loop.job import Clock
@@ -28,6 +27,7 @@ from tests.parity_pair import photo
 from tests.runtime.device_bench import device_pipeline
 from tests.runtime.test_adapters import write
 from tests.runtime.test_memory_fallback import Hungry
+from tests.traced_graphs import make_archive
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "seed": 3, "output_type": "np"}
 CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"

@@ -12,9 +12,9 @@ from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
 from latentrt.runtime.loop.denoise import HostLoop
 from tests.checkpoints.controls.control_files import UNIONS
+from tests.traced_graphs import make_archive
 
 
 def small_union() -> Any:
