@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where adapters of shipped models lie, embeddings, and controls.
+# Where adapters of shipped models lie, embeddings, and controls: for packages of their names too.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 CONTROLS = {"demo": SHIPPED["demo"].parent / "controls"}

@@ -48,6 +48,7 @@ from .model import (
     ADAPTERS,
     CONTROLS,
     EMBEDDINGS,
+    SHIPPED,
     Advance,
     CheckpointOptions,
     Note,
@@ -204,8 +205,6 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
-        loras = ADAPTERS.get(str(model)) if loras is None else loras
-        embeddings = EMBEDDINGS.get(str(model)) if embeddings is None else embeddings
         for folder in (embeddings, loras):
             check_folder(folder)  # before a model is fetched
         package = open_model(
@@ -216,6 +215,8 @@ class Pipeline:
             note=note,
             allow_unused=allow_unused,
         )
+        # A package that was made of a shipped model has its name.
+        shipped = str(model) if str(model) in SHIPPED else package.manifest.name
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         with ExitStack() as stack:
             stack.callback(package.close)
@@ -227,14 +228,14 @@ class Pipeline:
                 description,
                 cache_bytes=cache_bytes,
                 adapted_bytes=adapted_bytes,
-                loras=loras,
-                embeddings=embeddings,
+                loras=ADAPTERS.get(shipped) if loras is None else loras,
+                embeddings=EMBEDDINGS.get(shipped) if embeddings is None else embeddings,
                 allow_unused=allow_unused,
                 open_control=partial(
                     _open_control,
                     package,
                     options=options,
-                    shipped=CONTROLS.get(str(model)),
+                    shipped=CONTROLS.get(shipped),
                     progress=progress,
                     note=note,
                 ),

@@ -1,5 +1,6 @@
 """A LoRA, an embedding, a ControlNet, an IP-Adapter and inpainting in one request, against diffusers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from latentrt import Control, ImagePrompt, Pipeline
+from latentrt.runtime.model import SHIPPED
 from tests.parity_pair import BAR, drawn, ours, psnr
 
 pytestmark = [
@@ -99,3 +101,21 @@ def test_one_request_with_all_of_them() -> None:
         for change in lacking:  # each of them is seen
             other = ours(engine, [4], **{**values, "sampler": "ddim", **change})
             assert psnr(other * inside, found * inside) < SEEN, change
+
+
+def test_a_package_of_the_demo_finds_them_by_name(tmp_path: Path) -> None:
+    """As one that was quantised has the demo's name."""
+    parameters: dict[str, Any] = {
+        "prompt": "a red embedding:frame on a blue background",
+        "num_inference_steps": 2,
+        "seed": 1,
+        "output_type": "np",
+        "loras": [("striped", 0.8)],
+    }
+    pictures: list[Any] = []
+    for model in ("demo", shutil.copytree(SHIPPED["demo"], tmp_path / "mine")):
+        with Pipeline.open(model, threads=1) as pipe:
+            pipe.load_control("edges")
+            controls = [Control(model="edges", image=edges())]
+            pictures.append(pipe(**parameters, controls=controls).images)
+    assert np.array_equal(*pictures)

@@ -233,7 +233,7 @@ def test_the_manifest(sd1: Exported, sd2: Exported) -> None:
     assert two.defaults == Defaults(height=48, width=32)
     assert two.scheduler["prediction_type"] == "v_prediction"
     assert (one.latent_channels, one.context_width, one.max_tokens) == (4, 80, 77)
-    assert "torch 2." in one.producer
+    assert "torch 2." in two.producer
     sd1.package.verify()
     assert sorted(path.name for path in (sd1.package.root / "tokenizer").iterdir()) == [
         "merges.txt",
