@@ -1,8 +1,8 @@
 """Graphs that tests need and do not test, traced beforehand.
 
 torch takes seconds for each net, in every run of the tests the same. tests/export has the tests of tracing
-itself; others make their archives here, of graphs in `traced_graphs.zip` as long as the code and the
-libraries that traced those are the same, and traced anew otherwise. To make that file anew:
+itself; others make their archives here, of graphs in `traced_graphs.zip` as long as the code, the libraries
+and the Python that traced those are the same, and traced anew otherwise. To make that file anew:
 
 LATENTRT_TRACED_GRAPHS=/tmp/graphs python tests/check.py    writes down what was missing
 python -m tests.traced_graphs /tmp/graphs                   traces it, and all that is in the file
@@ -65,7 +65,7 @@ def is_current() -> bool:
 
 
 def same_libraries() -> bool:
-    """Whether the file was traced by the releases that are installed."""
+    """Whether the file was traced by the releases that are here."""
     return _libraries().items() <= _index()["traced by"].items()
 
 
@@ -115,7 +115,8 @@ def _index() -> Any:
 
 @cache
 def _libraries() -> dict[str, str]:
-    return {name: version(name) for name in _LIBRARIES}
+    found = {name: version(name) for name in _LIBRARIES}
+    return {**found, "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
 
 
 @cache

@@ -265,22 +265,30 @@ def assert_same_package(found: Package, wanted: Package) -> None:
     assert "torch" not in found.manifest.producer
 
 
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """The package that torch traces of a checkpoint, beside it."""
+    folder = exported(tmp_path_factory, "turbo-tiny")
+    return export_package(
+        folder / "checkpoint", folder / "traced", dtype="fp32", verify=False, templates=None
+    )
+
+
 def test_an_export_through_templates_is_the_traced_one(
-    archive: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    archive: Path, traced: Package, tmp_path: Path
 ) -> None:
     """And is compared with torch as that is."""
-    folder = exported(tmp_path_factory, "turbo-tiny")
     lines: list[str] = []
     compared: list[Comparison] = []
     package = export_package(
-        folder / "checkpoint",
+        traced.root.parent / "checkpoint",
         tmp_path / "package",
         dtype="fp32",
         templates=archive,
         note=lines.append,
         report=compared.append,
     )
-    assert_same_package(package, Package.open(folder / "package"))
+    assert_same_package(package, traced)
     assert lines == []
     assert {item.net for item in compared} >= {"text_encoder", "vae_encoder", "unet", "vae_decoder"}
 
@@ -306,14 +314,11 @@ def lean_export(
     return subprocess.run(command, check=False, timeout=300, capture_output=True, text=True)
 
 
-def test_the_command_exports_without_torch(
-    archive: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    folder = exported(tmp_path_factory, "turbo-tiny")
-    run = lean_export(archive, folder / "checkpoint", tmp_path / "package", "--dtype", "fp32")
+def test_the_command_exports_without_torch(archive: Path, traced: Package, tmp_path: Path) -> None:
+    run = lean_export(archive, traced.root.parent / "checkpoint", tmp_path / "package", "--dtype", "fp32")
     assert run.returncode == 0, run.stderr
     assert str(tmp_path / "package") in run.stdout
-    assert_same_package(Package.open(tmp_path / "package"), Package.open(folder / "package"))
+    assert_same_package(Package.open(tmp_path / "package"), traced)
 
 
 def test_the_command_says_what_fits_no_template_and_what_to_install(
