@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where adapters of shipped models lie, embeddings, and controls: for packages of their names too.
+# Where adapters of shipped models lie, embeddings, and controls.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 CONTROLS = {"demo": SHIPPED["demo"].parent / "controls"}
@@ -80,6 +80,24 @@ class CheckpointOptions:
                     expected="the path of a folder or file",
                     fix="Leave it out for the checkpoint's own.",
                 )
+
+
+def shipped_of(model: str | Path, package: Package) -> str:
+    """The shipped model that `model` is, or that its package was made of; "" for any other.
+
+    A package keeps the name and the text encoders of what it was made of.
+    """
+    if str(model) in SHIPPED:
+        return str(model)
+    name = package.manifest.name
+    if name in SHIPPED and _text_encoder(package) == _text_encoder(Package.open(SHIPPED[name])):
+        return name
+    return ""
+
+
+def _text_encoder(package: Package) -> Mapping[str, Any]:
+    """The files that prompts are read with: sizes and hashes."""
+    return {path: file for path, file in package.manifest.files.items() if path.startswith("text_encoder/")}
 
 
 def given_options(opened_with: object) -> tuple[str, ...]:

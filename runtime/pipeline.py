@@ -48,12 +48,12 @@ from .model import (
     ADAPTERS,
     CONTROLS,
     EMBEDDINGS,
-    SHIPPED,
     Advance,
     CheckpointOptions,
     Note,
     open_control_model,
     open_model,
+    shipped_of,
 )
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -189,7 +189,8 @@ class Pipeline:
             adapted_bytes: what the weights of nets may take that are open with and without adapters; at
                 least those that drew last are kept. What they need beside their weights is not counted.
             loras: a folder of adapters, which pictures are drawn with by the names of the files; each is read
-                when it is first asked for. `load_lora_weights` adds others. None is a shipped model's own.
+                when it is first asked for. `load_lora_weights` adds others. None is those of the
+                shipped model that this is, or was made of.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
             embeddings: a folder of textual inversions, which prompts call by the names of the files; each is
                 read when it is first called. `load_textual_inversion` adds others.
@@ -215,8 +216,7 @@ class Pipeline:
             note=note,
             allow_unused=allow_unused,
         )
-        # A package that was made of a shipped model has its name.
-        shipped = str(model) if str(model) in SHIPPED else package.manifest.name
+        shipped = shipped_of(model, package)
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         with ExitStack() as stack:
             stack.callback(package.close)

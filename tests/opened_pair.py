@@ -26,7 +26,7 @@ from latentrt.export.architectures import Architecture
 from tests.checkpoints.odd_files import LAYOUTS, OTHER_VAE, VISIONS, WORDS, modules, recipe_of, stored, write
 from tests.export.ldm_files import PUBLISHED
 from tests.parity_pair import PROMPTS, blob, photo
-from tests.recipes import IMAGE_NOISE, PROCESSOR, TINY_VAE
+from tests.recipes import IMAGE_NOISE, PROCESSOR, TINY_VAE, named_parts, seeing_parts
 from tests.traced_graphs import make_archive
 
 CLIP_WORDS = 49408
@@ -221,18 +221,12 @@ def _architectures(archive: str) -> dict[str, Architecture]:
 def architecture_of(small: Small, words: int = CLIP_WORDS) -> Architecture:
     """What templates are made of."""
     recipe = recipe_of(small.recipe, words)
-    parts: dict[str, Mapping[str, Any]] = {
-        "unet": {"_class_name": "UNet2DConditionModel", **recipe.unet},
-        "vae": {"_class_name": "AutoencoderKL", **recipe.vae},
-    }
-    for part in ("text_encoder", "text_encoder_2"):
-        if config := getattr(recipe, part):
-            parts[part] = {**config, **(small.text_2 if part == "text_encoder_2" else {})}
+    text_2 = recipe.text_encoder_2 and {**recipe.text_encoder_2, **small.text_2}
+    parts = named_parts(recipe.unet, recipe.vae, text_encoder=recipe.text_encoder, text_encoder_2=text_2)
     if small.tiny:
         parts["vae"] = parts["tiny_vae"] = {"_class_name": "AutoencoderTiny", **TINY_VAE}
     if small.recipe in VISIONS:
-        vision = VISIONS[small.recipe]
-        parts |= {"image_encoder": vision, "image_normalizer": {"embedding_dim": vision["projection_dim"]}}
+        parts |= seeing_parts(VISIONS[small.recipe])
     return Architecture(parts=parts, feature_extractor=PROCESSOR)
 
 

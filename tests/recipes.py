@@ -196,17 +196,23 @@ RECIPES: Mapping[str, Recipe] = {
 
 def architecture(recipe: Recipe) -> Architecture:
     """What templates of its graphs are made of."""
-    parts: dict[str, Mapping[str, Any]] = {
-        "unet": {"_class_name": "UNet2DConditionModel", **recipe.unet},
-        "vae": {"_class_name": "AutoencoderKL", **recipe.vae},
+    parts = named_parts(recipe.unet, recipe.vae, text_encoder=recipe.text, text_encoder_2=recipe.text_2)
+    vision = seeing_parts(recipe.vision) if isinstance(recipe, UnclipRecipe) else {}
+    return Architecture(parts=parts | vision, feature_extractor=PROCESSOR)
+
+
+def named_parts(unet: Config, vae: Config, **encoders: Config | None) -> dict[str, Config]:
+    """The configs of a checkpoint's parts as their files have them."""
+    return {
+        "unet": {"_class_name": "UNet2DConditionModel", **unet},
+        "vae": {"_class_name": "AutoencoderKL", **vae},
+        **{part: config for part, config in encoders.items() if config},
     }
-    for part, config in (("text_encoder", recipe.text), ("text_encoder_2", recipe.text_2)):
-        if config:
-            parts[part] = config
-    if isinstance(recipe, UnclipRecipe):
-        width = recipe.vision["projection_dim"]
-        parts |= {"image_encoder": recipe.vision, "image_normalizer": {"embedding_dim": width}}
-    return Architecture(parts=parts, feature_extractor=PROCESSOR)
+
+
+def seeing_parts(vision: Config) -> dict[str, Config]:
+    """What an unCLIP has besides."""
+    return {"image_encoder": vision, "image_normalizer": {"embedding_dim": vision["projection_dim"]}}
 
 
 # The config of an AutoencoderTiny as TAESD's, but for the levels: as many as the tiny recipes have.

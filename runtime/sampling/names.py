@@ -59,7 +59,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "ays": {"step_list": _OF_MODEL, "sigma_schedule": "default"},
     "alignyoursteps": {"step_list": _OF_MODEL, "sigma_schedule": "default"},
 }
-_SUFFIXED = {"step_list": "steps", "sigma_schedule": "sigmas", "timestep_spacing": "spacing"}  # in words
+_IN_WORDS = {"step_list": "steps", "sigma_schedule": "sigmas", "timestep_spacing": "spacing"}
 
 _TWO_NOISES = "draws more than one noise per UNet call"
 _STAGE_NOISE = "would have to remember the noise of a stage"
@@ -166,7 +166,7 @@ def _from_name(spelled: str, model_config: Mapping[str, Any], step_list: str | N
     for field in suffix:
         if field in SCHEDULER_CLASSES[sampler.scheduler].without:
             raise SamplerError(
-                f"sampler {spelled!r}: {name} takes no other {_SUFFIXED[field]} than its own",
+                f"sampler {spelled!r}: {name} takes no other {_IN_WORDS[field]} than its own",
                 expected=f"{name} alone, or the suffix after another sampler",
                 fix=f"Use sampler={name!r}.",
             )

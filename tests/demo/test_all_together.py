@@ -1,6 +1,7 @@
 """A LoRA, an embedding, a ControlNet, an IP-Adapter and inpainting in one request, against diffusers."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from latentrt import Control, ImagePrompt, Pipeline
-from latentrt.runtime.model import SHIPPED
+from latentrt.engines.package import Package
+from latentrt.runtime.model import SHIPPED, shipped_of
 from tests.parity_pair import BAR, drawn, ours, psnr
 
 pytestmark = [
@@ -119,3 +121,12 @@ def test_a_package_of_the_demo_finds_them_by_name(tmp_path: Path) -> None:
             controls = [Control(model="edges", image=edges())]
             pictures.append(pipe(**parameters, controls=controls).images)
     assert np.array_equal(*pictures)
+
+
+def test_another_model_of_the_demos_name_has_none_of_them(tmp_path: Path) -> None:
+    package = Package.open(shutil.copytree(SHIPPED["demo"], tmp_path / "mine"))
+    manifest = package.manifest
+    files = {path: file for path, file in manifest.files.items() if "text_encoder/" not in path}
+    assert shipped_of("demo", package) == shipped_of(tmp_path / "mine", package) == "demo"
+    for other in (replace(manifest, name="mine"), replace(manifest, files=files)):
+        assert shipped_of(tmp_path / "mine", replace(package, manifest=other)) == ""
